@@ -1,0 +1,366 @@
+"Evaluation: what the notebook doesn't show. Pairing, bad tables, exact KL by enumeration, settings, escaping, plots."
+import json, warnings
+
+import matplotlib
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+
+from mpo_nb.data import UserError
+from mpo_nb.evaluate import (across_seeds, add_scores, best_of_n, bootstrap_ci, distinct_n, evaluate_policies, kl_to_ref, length_bias, mean_ci,
+                             outcomes, paired, paired_difference, plot_frontier, plot_scores, plot_win_rates, side_by_side, summarize, summary_table,
+                             win_rate, win_rates)
+from mpo_nb.logprobs import Samples, collate, completion_logits, encode_prompt, sample
+from mpo_nb.worlds import get_world
+
+
+def table(seed=0, n=40, policies=('sft', 'dpo', 'mpo')):
+    "An evaluation table of made-up numbers; later policies are better"
+    rng = np.random.default_rng(seed)
+    rows = [dict(prompt_id=i, prompt=f'question {i}', policy=p, completion=f'{p} answers {i}', score=rng.normal(k) , kl=rng.normal(k, .3), length=int(rng.integers(5, 30)),
+                 ended=bool(rng.random() < .8)) for k, p in enumerate(policies) for i in range(n)]
+    return pd.DataFrame(rows)
+
+
+def tied(wins, ties, losses):
+    return [1.]*wins + [0.]*ties + [0.]*losses, [0.]*wins + [0.]*ties + [1.]*losses
+
+
+# ---- win rates
+
+@pytest.mark.parametrize('wtl, rate', [((40, 0, 60), .4), ((33, 34, 33), .5), ((40, 60, 0), .7)])
+def test_win_rate_formula(wtl, rate):
+    r = win_rate(*tied(*wtl))
+    assert (r['wins'], r['ties'], r['losses']) == wtl
+    assert r['win_rate'] == pytest.approx(rate)
+    assert r['ci'][0] < rate < r['ci'][1]
+
+
+def test_win_rates_of_both_directions_add_to_one():
+    rng = np.random.default_rng(0)
+    for n in (7, 50, 93):
+        a, b = rng.integers(0, 4, (2, n))
+        x, y = win_rate(a, b), win_rate(b, a)
+        assert x['win_rate'] + y['win_rate'] == pytest.approx(1, abs=1e-12)
+        assert (x['wins'], x['ties'], x['losses']) == (y['losses'], y['ties'], y['wins'])
+        assert x['ci'] == pytest.approx([1 - v for v in y['ci'][::-1]], abs=1e-12)
+
+
+def test_tie_margin_includes_its_edge():
+    assert outcomes([.5, .51, 0, 0, 1], [0, 0, .5, .51, 1], margin=.5).tolist() == [.5, 1, .5, 0, .5]
+
+
+def test_every_pair_once_later_policy_first():
+    rates = win_rates(table())
+    assert [(r['a'], r['b']) for r in rates] == [('dpo', 'sft'), ('mpo', 'sft'), ('mpo', 'dpo')]
+    assert all(r['win_rate'] > .6 and r['wins'] + r['ties'] + r['losses'] == 40 for r in rates)
+    assert set(rates[0]) == {'a', 'b', 'wins', 'ties', 'losses', 'win_rate', 'ci'}
+    json.dumps(rates, allow_nan=False)
+
+
+def test_equal_policies_collapse_without_a_warning():
+    same = table(policies=('a', 'b')).assign(score=1.)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert win_rates(same)[0] == dict(a='b', b='a', wins=0, ties=40, losses=0, win_rate=.5, ci=[.5, .5])
+        assert win_rate([1.]*9, [0.]*9)['ci'] == [1., 1.]
+        assert paired_difference(same, 'a', 'b')['ci'] == [0., 0.]
+        assert across_seeds([1., 1.], [0., 0.])['ci'] == [1., 1.]
+
+
+def test_bootstrap_has_its_own_seed():
+    x = np.random.default_rng(1).normal(size=60)
+    np.random.seed(0); first = bootstrap_ci(x)
+    state = np.random.get_state()[1].copy()
+    np.random.seed(1)
+    assert bootstrap_ci(x) == first != bootstrap_ci(x, seed=1)
+    np.random.seed(0); bootstrap_ci(x)
+    assert (np.random.get_state()[1] == state).all()
+
+
+def test_bootstrap_is_near_the_normal_interval():
+    x = np.random.default_rng(2).choice([0, .5, 1], 400)
+    half = 1.96 * x.std() / 20
+    assert bootstrap_ci(x) == pytest.approx([x.mean() - half, x.mean() + half], abs=.01)
+
+
+# ---- pairing: by prompt_id, complete, no doubles
+
+def test_pairing_is_by_prompt_id_not_by_row():
+    df = table()
+    shuffled = pd.concat([g.sample(frac=1, random_state=i) for i, (_, g) in enumerate(df.groupby('policy', sort=False))])
+    assert win_rates(shuffled) == win_rates(df)
+    assert paired_difference(shuffled, 'mpo', 'sft') == paired_difference(df, 'mpo', 'sft')
+
+
+BAD = {
+    'missing': (lambda df: df.drop(index=45), "policy 'dpo': prompt_id 5 is missing"),
+    'duplicate': (lambda df: pd.concat([df, df.iloc[[45]]]), "policy 'dpo': prompt_id 5 occurs more than once"),
+    'nan': (lambda df: df.assign(score=df.score.where(df.index != 45)), "policy 'dpo': prompt_id 5 has a score that is not finite"),
+    'inf': (lambda df: df.assign(score=df.score.where(df.index != 45, np.inf)), "policy 'dpo': prompt_id 5 has a score that is not finite"),
+    'other prompt': (lambda df: df.assign(prompt=df.prompt.where(df.index != 45, 'another')), "policy 'dpo': prompt_id 5 is another prompt"),
+    'no column': (lambda df: df.drop(columns='score'), "no column 'score'"),
+}
+
+@pytest.mark.parametrize('case', BAD)
+@pytest.mark.parametrize('use', [win_rates, summarize, lambda df: paired_difference(df, 'dpo', 'sft'), lambda df: length_bias(df, 'dpo', 'sft'), plot_scores, plot_frontier, side_by_side])
+def test_bad_tables_name_policy_and_prompt(case, use):
+    spoil, message = BAD[case]
+    with pytest.raises(UserError, match=message): use(spoil(table()))
+
+
+def test_unknown_policy_and_too_few_values():
+    with pytest.raises(UserError, match="no policy 'ppo'.*sft, dpo, mpo"): paired_difference(table(), 'ppo', 'sft')
+    with pytest.raises(UserError, match="no policy 'ppo'"): side_by_side(table(), policies=['ppo'])
+    with pytest.raises(UserError, match="no prompt_id 99"): side_by_side(table(), prompt_ids=[99])
+    with pytest.raises(UserError, match='at least two'): win_rates(table(n=1))
+    with pytest.raises(UserError, match='at least two'): mean_ci([1.])
+    with pytest.raises(UserError, match='finite'): mean_ci([1., np.nan])
+
+
+# ---- differences
+
+def test_paired_difference_is_scipys():
+    df = table()
+    wide = paired(df)
+    d, t = paired_difference(df, 'mpo', 'sft'), stats.ttest_rel(wide['mpo'], wide['sft'])
+    assert d['ci'] == pytest.approx(list(t.confidence_interval()))
+    assert d['n'] == 40 and d['diff'] / d['se'] == pytest.approx(t.statistic)
+
+
+def test_across_seeds_pairs_by_seed():
+    a, b = {0: 1., 1: 5., 2: 9.}, {2: 8., 0: .1, 1: 4.2}
+    s = across_seeds(a, b)
+    assert s == across_seeds([1., 5., 9.], [.1, 4.2, 8.])
+    assert s['ci'] == pytest.approx(list(stats.ttest_rel([1., 5., 9.], [.1, 4.2, 8.]).confidence_interval()))
+    with pytest.raises(UserError, match=r'seeds \[2\]'): across_seeds({0: 1., 1: 1.}, {0: 1., 1: 1., 2: 1.})
+    with pytest.raises(UserError, match='3 runs of one method and 2'): across_seeds([1, 2, 3], [1, 2])
+    with pytest.raises(UserError, match='both'): across_seeds({0: 1.}, [1.])
+
+
+# ---- length, repetition
+
+def test_a_judge_that_likes_length_is_named():
+    df = table().assign(score=lambda d: d.length)
+    with pytest.warns(UserWarning, match='longer completion wins 100%'): bias = length_bias(df, 'dpo', 'sft')
+    assert bias['longer_wins'] == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert length_bias(df.assign(score=-df.length), 'dpo', 'sft')['longer_wins'] == 0
+        length_bias(table(), 'dpo', 'sft')
+
+
+def test_pairs_of_nearly_equal_length():
+    #     within 10%: rows 0 (10 of 100 is the edge), 1, 4; decided and of unequal length: 0, 2, 3
+    la, lb = [90, 20, 10, 50, 7], [100, 20, 30, 20, 7]
+    sa, sb = [1, 1, 1, 1, 0], [0, 0, 0, 0, 0]
+    df = pd.concat([pd.DataFrame(dict(policy=p, prompt_id=range(5), score=s, length=l)) for p, s, l in (('a', sa, la), ('b', sb, lb))], ignore_index=True)
+    bias = length_bias(df, 'a', 'b')
+    assert (bias['n_close'], bias['n_decided']) == (3, 3)
+    assert bias['win_rate_close'] == pytest.approx((1 + 1 + .5) / 3)
+    assert bias['longer_wins'] == pytest.approx(1/3)
+    assert (bias['length_a'], bias['length_b']) == (np.mean(la), np.mean(lb))
+    same = df.assign(score=0.)
+    assert length_bias(same, 'a', 'b')['longer_wins'] is None
+
+
+def test_distinct_n():
+    assert np.isnan(distinct_n('')) and np.isnan(distinct_n([]))
+    assert distinct_n(['x y', 'x y']) == .5
+    df = table(policies=('a', 'b'))
+    df.loc[df.policy == 'b', 'completion'] = 'go on go on go on'   # 5 bigrams, 2 different
+    t = summary_table(df)
+    assert t.repetition.tolist() == pytest.approx([0, .6])
+    assert t.distinct_2['b'] == pytest.approx(2/200)
+
+
+# ---- summary
+
+def test_summary_numbers():
+    df = table()
+    s, g = summarize(df), df[df.policy == 'dpo']
+    assert list(s) == ['sft', 'dpo', 'mpo']
+    assert s['dpo'] == pytest.approx(dict(score=g.score.mean(), score_se=stats.sem(g.score), kl_to_sft=g.kl.mean(), length=g.length.mean(), eos_rate=g.ended.mean()))
+    json.dumps(s, allow_nan=False)
+
+
+def test_unknown_kl_is_null_in_json():
+    df = table()
+    df.loc[df.policy == 'dpo', 'kl'] = np.nan
+    s = summarize(df)
+    assert s['dpo']['kl_to_sft'] is None and s['mpo']['kl_to_sft'] is not None
+    json.dumps(s, allow_nan=False)
+
+
+# ---- evaluate_policies on a tiny model
+
+@pytest.fixture(scope='module')
+def tiny():
+    world = get_world('toy', topics=2, harmful=1)
+    size = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, attn_implementation='eager')
+    (ref, tok), (policy, _) = world.model(seed=0, **size), world.model(seed=1, **size)
+    with torch.no_grad():
+        for p in [*ref.parameters(), *policy.parameters()]: p.mul_(4)   # far from uniform
+    return dict(world=world, tok=tok, ref=ref, policy=policy, prompts=world.prompts(6, seed=0, split='test'))
+
+
+def run(tiny, policies=None, **kw):
+    kw = {**dict(judge=tiny['world'].gold, ref_model=tiny['ref'], max_new_tokens=6), **kw}
+    return evaluate_policies(policies or {'sft': tiny['ref'], 'new': tiny['policy']}, tiny['tok'], kw.pop('prompts', tiny['prompts']), **kw)
+
+
+def test_table_has_all_that_is_promised(tiny):
+    df = run(tiny, seed=3, temperature=.9)
+    assert list(df.columns) == ['prompt_id', 'prompt', 'policy', 'completion', 'score', 'kl', 'length', 'ended']
+    assert df[df.policy == 'new'].prompt.tolist() == tiny['prompts'] == df[df.policy == 'sft'].prompt.tolist()
+    s = sample(tiny['policy'], tiny['tok'], tiny['prompts'], 6, temperature=.9, seed=3)
+    new = df[df.policy == 'new']
+    assert new.completion.tolist() == s.completions and new.ended.tolist() == s.ended
+    assert new.length.tolist() == [len(c) for c in s.completion_ids]
+    assert new.score.tolist() == tiny['world'].gold(s.prompts, s.completions).tolist()
+    assert (df[df.policy == 'sft'].kl == 0).all() and (new.kl != 0).all()
+    assert df.attrs == dict(max_new_tokens=6, temperature=.9, seed=3, batch_size=64, n_prompts=6, judge='ToyWorld.gold')
+
+
+def test_settings_survive_parquet(tiny, tmp_path):
+    df = run(tiny)
+    df.to_parquet(tmp_path / 'completions.parquet')
+    back = pd.read_parquet(tmp_path / 'completions.parquet')
+    assert back.attrs == df.attrs
+    assert win_rates(back) == win_rates(df) and summarize(back) == summarize(df)
+
+
+def test_same_seed_same_table_and_global_state_untouched(tiny):
+    torch.manual_seed(5); np.random.seed(5)
+    states = torch.get_rng_state(), np.random.get_state()[1].copy()
+    tiny['policy'].train()
+    first = run(tiny)
+    assert tiny['policy'].training
+    assert torch.equal(torch.get_rng_state(), states[0]) and (np.random.get_state()[1] == states[1]).all()
+    torch.manual_seed(6)
+    pd.testing.assert_frame_equal(run(tiny), first)
+    assert run(tiny, seed=1).completion.tolist() != first.completion.tolist()
+
+
+def test_a_loader_is_called_and_gives_the_same(tiny):
+    pd.testing.assert_frame_equal(run(tiny, {'new': lambda: tiny['policy']}), run(tiny, {'new': tiny['policy']}))
+
+
+def test_ready_samples(tiny):
+    s = sample(tiny['policy'], tiny['tok'], tiny['prompts'], 6)
+    df = run(tiny, {'plain': s, 'number': (s, 1.5), 'each': (s, np.arange(6.))})
+    assert df[df.policy == 'plain'].kl.isna().all()
+    assert df[df.policy == 'number'].kl.tolist() == [1.5]*6 and df[df.policy == 'each'].kl.tolist() == list(range(6))
+    with pytest.raises(UserError, match="policy 'plain': its samples belong to other prompts"): run(tiny, {'plain': s}, prompts=tiny['prompts'][::-1])
+    assert run(tiny, ref_model=None).kl.isna().all()
+
+
+def test_bad_judges_and_prompts(tiny):
+    def at(i, v): return lambda p, c: [v if k == i else 0. for k in range(len(p))]
+    for v in (float('nan'), float('inf'), None):
+        with pytest.raises(UserError, match="policy 'sft' are not finite.*prompt_id 4"): run(tiny, judge=at(4, v))
+    with pytest.raises(UserError, match="6 completions of policy 'sft' got scores of shape"): run(tiny, judge=lambda p, c: [0.]*5)
+    with pytest.raises(UserError, match='shape'): run(tiny, judge=lambda p, c: np.zeros((6, 1)))
+    with pytest.raises(UserError, match='at least two'): run(tiny, prompts=[])
+    with pytest.raises(UserError, match='at least two'): run(tiny, prompts='one text')
+    with pytest.raises(UserError, match='prompt 1 is not a text'): run(tiny, prompts=['a', None, 'b'])
+    with pytest.raises(UserError, match='no policies'): evaluate_policies({}, tiny['tok'], tiny['prompts'], None, None, 4)
+
+
+def test_scores_of_a_second_judge_go_to_the_right_rows(tiny):
+    df = run(tiny).sample(frac=1, random_state=0)
+    two = add_scores(df, lambda p, c: [len(x) for x in c], column='chars')
+    assert two.chars.tolist() == df.completion.map(len).tolist() and 'chars' not in df
+
+
+@pytest.mark.parametrize('temperature', [1., .6])
+def test_kl_estimate_against_enumeration(tiny, temperature):
+    "Exact KL of two-token completions, all of them, against the mean of the estimate; at the temperature of the sampling"
+    tok, prompt, n = tiny['tok'], tiny['prompts'][0], 6000
+    ids, V = encode_prompt(tok, prompt), len(tok)
+    firsts = collate([ids]*V, [[v, 0] for v in range(V)], tok.pad_token_id)
+    with torch.no_grad():
+        policy, ref = [torch.log_softmax(completion_logits(tiny[m], firsts).double() / temperature, -1) for m in ('policy', 'ref')]   # [V, 2, V]
+    kl = (policy.exp() * (policy - ref)).sum(-1)                                   # [V, 2]
+    after = policy[0, 0].exp() * kl[:, 1]
+    after[tok.eos_token_id] = 0                                                    # nothing follows EOS
+    exact = (kl[0, 0] + after.sum()).item()
+    s = sample(tiny['policy'], tok, [prompt]*n, 2, temperature=temperature, batch_size=n)
+    mean, se, _ = mean_ci(kl_to_ref(tiny['policy'], tiny['ref'], tok, s, batch_size=n, temperature=temperature))
+    assert abs(mean - exact) < 4*se and se < .05*exact
+    wrong = mean_ci(kl_to_ref(tiny['policy'], tiny['ref'], tok, s, batch_size=n, temperature=1.6*temperature))
+    assert abs(wrong[0] - exact) > 4*wrong[1]
+
+
+def test_best_of_n_keeps_the_best_whole_row():
+    s = Samples(list('ppqq'), ['1', '3', '5', '4'], [[0]]*2 + [[1]]*2, [[1], [3], [5], [4]], [True, False, True, False])
+    best = best_of_n(s, 2, lambda p, c: [float(x) for x in c])
+    assert (best.prompts, best.completions, best.prompt_ids, best.completion_ids, best.ended) == (['p', 'q'], ['3', '5'], [[0], [1]], [[3], [5]], [False, True])
+    with pytest.raises(UserError, match='4 completions'): best_of_n(s, 3, len)
+    with pytest.raises(UserError, match='not finite'): best_of_n(s, 2, lambda p, c: [1, 2, float('nan'), 4])
+
+
+# ---- what is shown
+
+def test_all_text_of_the_sample_table_is_escaped():
+    evil = '<img src=x onerror=alert(1)>&"\'</td>'
+    df = table(n=2, policies=('sft', 'new')).assign(prompt=evil, completion=evil + '\nline', evil=1.)
+    df = df.rename(columns={'evil': '<i>c'}).assign(policy=df.policy.map({'sft': 'sft', 'new': '<b>new'}))
+    page = side_by_side(df, 2, column='<i>c')
+    assert '<img' not in page and '<b>' not in page and '<i>' not in page
+    assert page.count('&lt;img src=x onerror=alert(1)&gt;&amp;&quot;&#x27;&lt;/td&gt;') == 2 + 4
+    assert page.count('<br>line') == 4 and page._repr_html_() == page
+
+
+def test_sample_table_shows_what_was_asked():
+    df = table()
+    page = side_by_side(df, 2, ['mpo', 'sft'])
+    assert page.index('mpo answers 0') < page.index('sft answers 0') < page.index('mpo answers 1')
+    assert 'dpo' not in page and 'answers 2' not in page and f'{df.score[0]:.2f}' in page
+    assert 'mpo answers 7' in side_by_side(df, prompt_ids=[7]) and 'answers 0' not in side_by_side(df, prompt_ids=[7])
+    assert 'score' not in side_by_side(df.drop(columns='score'), column=None)
+    assert 'x'*50 + ' …' in side_by_side(df.assign(completion='x'*99), max_chars=50)
+
+
+@pytest.fixture
+def ax():
+    fig, ax = plt.subplots()
+    yield ax
+    plt.close('all')
+
+
+def texts(ax): return [t.get_text() for t in ax.texts]
+
+
+def test_plots_draw_on_the_given_axes(ax):
+    df = table()
+    assert plot_frontier(df, ax=ax) is ax and texts(ax) == ['sft', 'dpo', 'mpo']
+    xy = [t.xy for t in ax.texts]
+    means = df.groupby('policy', sort=False)[['kl', 'score']].mean().to_numpy()
+    np.testing.assert_allclose(xy, means)
+    ax.clear(); plot_frontier(df, sqrt_kl=True, ax=ax)
+    np.testing.assert_allclose([t.xy[0] for t in ax.texts], np.sqrt(np.maximum(means[:, 0], 0)))
+    ax.clear(); plot_scores(df, ax=ax)
+    assert [t.get_text() for t in ax.get_yticklabels()] == ['sft', 'dpo', 'mpo']
+    assert len(plt.get_fignums()) == 1
+
+
+def test_frontier_draws_a_policy_of_unknown_kl(ax):
+    df = table()
+    df.loc[df.policy == 'dpo', 'kl'] = np.nan
+    plot_frontier(df, ax=ax)
+    assert texts(ax) == ['sft', 'mpo'] and [t.get_text() for t in ax.get_legend().get_texts()] == ['dpo (KL unknown)']
+
+
+def test_win_rate_map_has_both_directions(ax):
+    rates = win_rates(table())
+    assert plot_win_rates(rates, ax=ax) is ax
+    shown = {t.get_position(): t.get_text() for t in ax.texts}
+    assert len(shown) == 6
+    for r, (i, j) in zip(rates, [(1, 0), (2, 0), (2, 1)]):    # row beats column; x is the column
+        assert shown[(j, i)] == f"{r['win_rate']:.2f}" and shown[(i, j)] == f"{1 - r['win_rate']:.2f}"
+    assert '40 prompts' in ax.get_title()
