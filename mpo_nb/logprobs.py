@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_tokenizer', 'load_model', 'encode_prompt', 'decode_completion', 'encode_completion', 'Batch', 'collate',
            'completion_logits', 'gather_logprobs', 'completion_logprobs', 'masked_sum', 'masked_mean', 'kl_k1', 'kl_k2',
-           'kl_k3', 'seeded', 'inference', 'Samples', 'sample', 'sequence_logprobs']
+           'kl_k3', 'seeded', 'inference', 'Samples', 'sample', 'check_sampling', 'sequence_logprobs']
 
 # %% ../nbs/03_logprobs.ipynb #b12af6a3
 import random
@@ -246,12 +246,16 @@ class Samples:
     def __len__(self): return len(self.prompts)
 
 # %% ../nbs/03_logprobs.ipynb #f017f8a0
+def _generation_config(tok, max_new_tokens, temperature, greedy):
+    "Every option that could change the distribution, set to neutral by name"
+    how = dict(do_sample=False) if greedy else dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
+    return GenerationConfig(max_new_tokens=max_new_tokens, repetition_penalty=1.0, num_beams=1, use_cache=True,
+                            eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id, **how)
+
 def _generate(model, tok, prompt_ids, max_new_tokens, temperature, greedy):
     "Completions of one batch of prompts: lists of ids up to and with EOS"
     ids, mask = _pad(prompt_ids, tok.pad_token_id, 'left')
-    how = dict(do_sample=False) if greedy else dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
-    config = GenerationConfig(max_new_tokens=max_new_tokens, repetition_penalty=1.0, num_beams=1, use_cache=True,
-                              eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id, **how)
+    config = _generation_config(tok, max_new_tokens, temperature, greedy)
     out = model.generate(ids.to(model.device), attention_mask=mask.long().to(model.device), generation_config=config)
     rows = out[:, ids.shape[1]:].tolist()
     return [r[:r.index(tok.eos_token_id) + 1] if tok.eos_token_id in r else r for r in rows]
@@ -279,6 +283,17 @@ def sample(
             for i, ids in zip(rows, new): completion_ids[i] = ids
     texts = [decode_completion(tok, p, c) for p, c in zip(prompt_ids, completion_ids)]
     return Samples(list(prompts), texts, prompt_ids, completion_ids, [c[-1] == tok.eos_token_id for c in completion_ids])
+
+# %% ../nbs/03_logprobs.ipynb #08130237
+def check_sampling(model, tok, prompt, temperature=1.0, steps=3):
+    "Raise `RuntimeError` unless generation samples from softmax(logits / temperature)"
+    ids = torch.tensor([encode_prompt(tok, prompt)], device=model.device)
+    config = _generation_config(tok, steps, temperature, greedy=False)
+    with seeded(0), inference(model), _plain_generation(model, tok):
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, output_scores=True, output_logits=True, return_dict_in_generate=True)
+    for scores, logits in zip(out.scores, out.logits):
+        if not torch.allclose(scores.float(), logits.float() / temperature, atol=1e-3, rtol=1e-3):
+            raise RuntimeError(f'{type(model).__name__} does not sample from its own distribution: some generation option changes its logits')
 
 # %% ../nbs/03_logprobs.ipynb #33b54b42
 def sequence_logprobs(
