@@ -1,0 +1,29 @@
+# make demo: environment + MPO on the toy world      make test: environment + every notebook and test
+# make lab:  JupyterLab on the notebooks              make dist: sdist and wheel
+PYTHON ?= python3.11
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: demo test lab dist clean
+demo: $(READY)
+	$(BIN)/mpo run toy
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lab: $(READY)
+	$(BIN)/jupyter lab nbs
+
+dist: $(READY)
+	$(BIN)/python -m build
+
+# torch first and alone, at the tested version: left to itself pip may resolve a newer build
+$(READY): settings.ini pyproject.toml setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
