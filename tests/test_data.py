@@ -66,7 +66,7 @@ def test_broken_json_file(tmp_path):
 def test_damaged_files(tmp_path):
     whole = gzip.compress((json.dumps(GOOD)*50).encode())
     (tmp_path/'cut.jsonl.gz').write_bytes(whole[:-10])
-    (tmp_path/'flipped.jsonl.gz').write_bytes(whole[:12]+bytes([whole[12]^255])+whole[13:])
+    (tmp_path/'flipped.jsonl.gz').write_bytes(whole[:10]+b'\xff'*10+whole[20:])
     (tmp_path/'plain.jsonl.gz').write_text('not gzip')
     (tmp_path/'latin.jsonl').write_bytes(b'{"prompt": "caf\xe9"}')
     (tmp_path/'no.parquet').write_text('not parquet')
@@ -126,6 +126,10 @@ def test_set_aside_with_reason_row_and_file(tmp_path):
     assert list(zip(aside['row'], aside['reason']))==[(n+3, why) for n,(_,why) in enumerate(BAD)]
     assert set(aside['file'])=={'a.jsonl'}
     assert set(load_preferences(f).column_names)=={'prompt', 'chosen', 'rejected', 'file', 'row'}
+
+def test_invalid_unicode_is_set_aside_as_json_text(tmp_path):
+    _, aside = load_preferences(write(tmp_path/'a.jsonl', [GOOD, {**GOOD, 'chosen':'\ud800'}]), aside=True)
+    assert aside['chosen'][:]==['"\\ud800"']
 
 def test_count_is_logged_in_one_line(tmp_path, caplog):
     f = write(tmp_path/'a.jsonl', [GOOD, {**GOOD, 'chosen':''}, {**GOOD, 'chosen':''}])
@@ -368,6 +372,17 @@ def test_replacing_nothing_leaves_the_old(tmp_path):
     with pytest.raises(FileNotFoundError, match='nothing was written'):
         with replacing(tmp_path/'d'): pass
     assert (tmp_path/'d/f').read_text()=='old'
+
+def test_folder_is_put_back_when_the_rename_fails(tmp_path, monkeypatch):
+    (tmp_path/'d').mkdir(); (tmp_path/'d/f').write_text('old')
+    rename = Path.rename
+    def fails_for_the_new(self, target):
+        if self.name=='d' and Path(target)==tmp_path/'d': raise OSError('no')
+        return rename(self, target)
+    monkeypatch.setattr(Path, 'rename', fails_for_the_new)
+    with pytest.raises(OSError, match='no'):
+        with replacing(tmp_path/'d') as new: new.mkdir()
+    assert (tmp_path/'d/f').read_text()=='old' and [p.name for p in tmp_path.iterdir()]==['d']
 
 def test_killed_writer_leaves_the_old_file(tmp_path):
     (tmp_path/'out').write_text('old')
