@@ -6,19 +6,19 @@
 __all__ = ['log', 'SHORT', 'SHOWN', 'SEEDS', 'POLICIES', 'DPO_CURVES', 'PPO_CURVES', 'GAP_TEXT', 'ACCURACY_TEXT', 'DPO_TEXT',
            'PPO_TEXT', 'KL_TEXT', 'WIN_TEXT', 'USAGE', 'key', 'WorldKeys', 'DataKeys', 'ModelKeys', 'TrainingKeys',
            'SFTKeys', 'RewardKeys', 'GapKeys', 'DPOKeys', 'PPOKeys', 'EvalKeys', 'Recipe', 'flat', 'recipe_keys',
-           'recipes', 'parse_recipe', 'load_recipe', 'check', 'Progress', 'watch', 'last_checkpoint', 'stage_seed',
-           'the_world', 'read_json', 'cut_prompt', 'fit_lengths', 'split_pairs', 'stage_data', 'arguments', 'stage_sft',
-           'stage_pairs', 'stage_reward', 'stage_judge', 'the_judge', 'stage_gaps', 'stage_dpo', 'stage_dpo_easy',
-           'stage_ppo', 'stage_mpo', 'stage_eval', 'stages', 'finished', 'run_stage', 'evaluation', 'finish',
-           'differing_keys', 'check_folder', 'environment', 'locked', 'run', 'final_table', 'plot_training',
-           'report_plots', 'sample_cards', 'report', 'main']
+           'recipes', 'parse_recipe', 'load_recipe', 'the_world', 'check', 'Progress', 'watch', 'last_checkpoint',
+           'stage_seed', 'read_json', 'cut_prompt', 'fit_lengths', 'split_pairs', 'stage_data', 'arguments',
+           'stage_sft', 'stage_pairs', 'stage_reward', 'stage_judge', 'the_judge', 'stage_gaps', 'stage_dpo',
+           'stage_dpo_easy', 'stage_ppo', 'stage_mpo', 'stage_eval', 'stages', 'finished', 'run_stage', 'evaluation',
+           'finish', 'differing_keys', 'check_folder', 'environment', 'locked', 'run', 'final_table', 'plot_training',
+           'report_plots', 'eighths', 'sample_cards', 'report', 'main']
 
 # %% ../nbs/11_mpo.ipynb #7938328f
 import dataclasses, difflib, importlib.metadata, json, logging, os, platform, re, shutil, sys, time, warnings
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -222,6 +222,9 @@ def _read_yaml(path):
     sections = [f.name for f in fields(Recipe) if is_dataclass(f.type)]
     if bad := [s for s in sections if s in values and not isinstance(values[s], dict)]: raise UserError(f'{path.name}: `{bad[0]}` is a section and needs keys below it')
     for k in flat(values): _check_key(k, path.name)
+    keys = recipe_keys()
+    for k, v in flat(values).items():
+        if v is None and k in keys and type(None) not in get_args(keys[k].type): raise UserError(f'{path.name}: `{k}` should be {_type_name(keys[k].type)}, not null; leave it out for its default')
     return values
 
 # %% ../nbs/11_mpo.ipynb #6f491d0e
@@ -264,6 +267,18 @@ def load_recipe(
     "The `Recipe` that `mpo run NAME --key value ...` would run"
     return parse_recipe(name, [f'--{k}={v if isinstance(v, str) else json.dumps(v)}' for k, v in flat(overrides).items()])[1]
 
+# %% ../nbs/11_mpo.ipynb #89c32d21
+def the_world(
+    r: Recipe,
+):             # A `World`, or None for preference data
+    "The recipe's world"
+    from mpo_nb.worlds import get_world
+    if not r.world.name: return None
+    try: world = get_world(r.world.name, **r.world.args)
+    except TypeError as e: raise UserError(f'`world.args`: {e}') from e
+    if r.world.scale is not None: world.scale = r.world.scale
+    return world
+
 # %% ../nbs/11_mpo.ipynb #32c050fc
 def _check_sizes(r):
     "`UserError` for values that can't work, whatever the model"
@@ -284,13 +299,20 @@ def _check_source(r):
     if r.world.name and r.data.source: raise UserError(f'the {r.world.name} world makes its own pairs: leave `--data` out, or take the recipe hh-rlhf, tldr or a YAML file of your own')
     if not r.model.name and r.world.name != 'toy': raise UserError('no model: give `--model` (a folder or a Hub id)')
     if r.model.name and r.model.size: raise UserError('`model.size` is for a fresh model: leave it out where `model.name` is given')
-    if any(getattr(r, s).args for s in ('sft', 'reward', 'dpo', 'ppo')): _check_training_args(r)
 
-def _check_training_args(r):
+def _check_training(r):
+    "`UserError` for values that a trainer would refuse later"
     from transformers import TrainingArguments
-    known = {f.name for f in fields(TrainingArguments)}
-    for s in ('sft', 'reward', 'dpo', 'ppo'):
-        if unknown := set(getattr(r, s).args) - known: raise UserError(f'`{s}.args.{sorted(unknown)[0]}` is no keyword of transformers.TrainingArguments')
+    from mpo_nb.dpo import DPOConfig
+    from mpo_nb.ppo import PPOConfig
+    from mpo_nb.reward import trainer_defaults
+    for s, config in dict(sft=TrainingArguments, reward=TrainingArguments, dpo=DPOConfig, ppo=PPOConfig).items():
+        keys, known = vars(getattr(r, s)), {f.name for f in fields(config)}
+        if unknown := set(keys['args']) - known: raise UserError(f'`{s}.args.{sorted(unknown)[0]}` is no keyword of {config.__name__}')
+        small = [k for k in ('per_device_train_batch_size', 'gradient_accumulation_steps', 'logging_steps', 'save_steps') if keys[k] is not None and keys[k] < 1]
+        if small: raise UserError(f'`{s}.{small[0]}` is {keys[small[0]]}: it must be at least 1')
+        try: config(**trainer_defaults(**{k: v for k, v in {**keys, **keys['args']}.items() if k in known}))
+        except (ValueError, TypeError) as e: raise UserError(f'`{s}`: {" ".join(str(e).split())}') from e
 
 # %% ../nbs/11_mpo.ipynb #d1eb5b88
 def _tokenizer(r):
@@ -335,6 +357,8 @@ def check(
     "`UserError` for a recipe that can't run"
     _check_source(r)
     _check_sizes(r)
+    _check_training(r)
+    if r.world.name: the_world(r)
     if r.model.name: _check_model(r)
     for k, name in (('reward.name', r.reward.name), ('eval.judge', r.eval.judge)):
         if name: _check_scorer(name, k)
@@ -433,17 +457,6 @@ POLICIES = 'sft dpo dpo_easy ppo mpo'.split()
 
 def stage_seed(r, stage): return r.seed*100 + SEEDS[stage]
 
-def the_world(
-    r: Recipe,
-):             # A `World`, or None for preference data
-    "The recipe's world"
-    from mpo_nb.worlds import get_world
-    if not r.world.name: return None
-    try: world = get_world(r.world.name, **r.world.args)
-    except TypeError as e: raise UserError(f'`world.args`: {e}') from e
-    if r.world.scale is not None: world.scale = r.world.scale
-    return world
-
 def _load(folder):
     "(model on the accelerator, tokenizer) of a stage or of the recipe"
     import torch
@@ -509,8 +522,9 @@ def fit_lengths(
     "Pairs that fit the token limits"
     from datasets import Dataset
     kept, aside, n_cut = [], [], 0
+    fitted = lru_cache(None)(lambda p: cut_prompt(tok, p, d.max_prompt_length) if d.long_prompts == 'cut' else p)   # many pairs share a prompt
     for row in ds:
-        prompt = cut_prompt(tok, row['prompt'], d.max_prompt_length) if d.long_prompts == 'cut' else row['prompt']
+        prompt = fitted(row['prompt'])
         reason = _too_long(row | dict(prompt=prompt), tok, d)
         n_cut += prompt != row['prompt'] and not reason
         (aside if reason else kept).append(row | (dict(reason=reason) if reason else dict(prompt=prompt)))
@@ -746,7 +760,8 @@ def run_stage(r, run, stage, progress):
             _write_json(out/'stage.json', dict(seconds=round(time.monotonic() - t0, 2), metrics=metrics))
     except (UserError, FloatingPointError) as e:   # broken input, or numbers that are not finite
         at = f', step {progress.at}' if progress.at else ''
-        raise UserError(f'stage {stage}{at}: {e} (finished stages and checkpoints are kept in {run})') from e
+        kept = f' (finished stages and checkpoints are kept in {run})' if (run/'data').exists() else ''
+        raise UserError(f'stage {stage}{at}: {str(e).rstrip(".")}{kept}') from e
     shutil.rmtree(run/'checkpoints'/stage, ignore_errors=True)
     progress.done(metrics)
 
@@ -923,11 +938,17 @@ def report_plots(
     drawn = lambda draw, size=(5, 3.2): _image(_drawn(draw, size))
     return [dict(title=t, text=x, src=src) for t, x, src in [
         ('Reward gaps and the two sets', GAP_TEXT, drawn(lambda ax: plot_gaps(gaps, ax=ax))),
-        ('Are labels with a large gap right?', ACCURACY_TEXT[second], drawn(lambda ax: plot_accuracy_by_gap(gaps, ax=ax))),
+        ('Are labels with a large gap right?', ACCURACY_TEXT[second], drawn(lambda ax: plot_accuracy_by_gap(gaps, eighths(gaps['gap']), ax=ax))),
         ('DPO', DPO_TEXT, _image(plot_training(run, ['dpo', 'dpo_easy'], DPO_CURVES))),
         ('PPO', PPO_TEXT, _image(plot_training(run, ['ppo', 'mpo'], PPO_CURVES))),
         ('Score against KL', KL_TEXT, drawn(lambda ax: plot_frontier(df, ax=ax))),
         ('Win rates', WIN_TEXT, drawn(lambda ax: plot_win_rates(e['win_rates'], ax=ax), (5.5, 4)))]]
+
+def eighths(
+    x,         # Numbers
+) -> list:     # Edges; fewer where values repeat
+    "Edges that cut `x` into eight bins of equal size"
+    return [-np.inf, *np.unique(np.quantile(x, np.linspace(0, 1, 9)[1:]))]
 
 def _drawn(draw, size):
     fig, ax = _figure(size)

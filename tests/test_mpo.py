@@ -1,0 +1,278 @@
+"The `mpo` command: errors for the user, the run folder, and going on after SIGKILL with the same numbers"
+import json, os, re, shutil, subprocess, sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from mpo_nb.mpo import SEEDS, _started, check_folder, load_recipe, main, parse_recipe, recipe_keys, recipes, report, stages
+from mpo_nb.data import UserError
+
+SIZE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+TINY = dict(data=dict(pairs=300, demonstrations=300), eval=dict(prompts=24, samples=2), model=dict(size=SIZE),
+            sft=dict(max_steps=12, save_steps=4), reward=dict(max_steps=8, save_steps=3), dpo=dict(max_steps=8, save_steps=3),
+            ppo=dict(num_rollouts=3, save_steps=2, rollout_batch_size=16))
+ENV = dict(os.environ, OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
+
+def write_recipe(path, **keys):
+    path.write_text(yaml.safe_dump(keys))
+    return str(path)
+
+@pytest.fixture(scope='module')
+def tiny(tmp_path_factory):
+    "A recipe file: the toy world in a few steps"
+    base = yaml.safe_load(recipes()['toy'].read_text())
+    keys = {k: {**(v if isinstance(v, dict) else {}), **TINY.get(k, {})} if isinstance(v, dict) else v for k, v in base.items()}
+    return write_recipe(tmp_path_factory.mktemp('recipe')/'tiny.yaml', **keys)
+
+# Everything is imported once; runs are forked children, and one child is killed in every stage.
+DRIVER = '''
+import os, signal, sys, time
+from pathlib import Path
+import torch, trl, transformers, datasets, matplotlib.figure
+from trl import SFTTrainer, RewardTrainer
+import mpo_nb.evaluate, mpo_nb.gap, mpo_nb.ppo, mpo_nb.dpo
+from mpo_nb.mpo import main, stages, load_recipe
+recipe, whole, killed = sys.argv[1:]
+
+def start(folder):
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        code = 1
+        try: code = main(['run', recipe, '--output_dir', folder])
+        finally: os._exit(code)
+    return pid
+
+def working(stage):
+    "Is the run in this stage, behind a checkpoint where the stage writes them?"
+    run = Path(killed)
+    if stage in ('sft', 'reward', 'dpo', 'dpo_easy', 'ppo', 'mpo'): return any((run/'checkpoints'/stage).glob('checkpoint-*/complete'))
+    return run.is_dir() and any(run.glob(f'.{stage}.*'))
+
+kills = []
+for stage in stages(load_recipe(recipe)):
+    pid = start(killed)
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done or (Path(killed)/stage).is_dir(): break     # too late for this stage
+        if working(stage):
+            os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
+            kills.append(stage); done = True
+            break
+        time.sleep(.001)
+    if not done: os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
+assert os.waitstatus_to_exitcode(os.waitpid(start(killed), 0)[1]) == 0
+assert os.waitstatus_to_exitcode(os.waitpid(start(whole), 0)[1]) == 0
+print('killed in', *kills)
+'''
+
+@pytest.fixture(scope='module')
+def runs(tiny, tmp_path_factory):
+    "(run folder of an uninterrupted run, one that was killed in each stage, the stages it was killed in)"
+    tmp = tmp_path_factory.mktemp('runs')
+    r = subprocess.run([sys.executable, '-c', DRIVER, tiny, str(tmp/'whole'), str(tmp/'killed')], capture_output=True, text=True, env=ENV, timeout=600)
+    assert r.returncode == 0, r.stdout + r.stderr
+    return tmp/'whole', tmp/'killed', r.stdout.strip().splitlines()[-1].split()[2:]
+
+def without_seconds(path):
+    e = json.loads((path/'evaluation.json').read_text())
+    return {**e, 'stages': list(e['stages'])}
+
+def test_killed_in_each_stage_same_numbers(runs):
+    whole, killed, kills = runs
+    assert {'sft', 'reward', 'dpo', 'dpo_easy', 'ppo', 'mpo'} <= set(kills)
+    assert len(kills) >= 8
+    assert without_seconds(whole) == without_seconds(killed)
+    for f in ('completions.parquet', 'gaps.parquet'): pd.testing.assert_frame_equal(pd.read_parquet(whole/f), pd.read_parquet(killed/f))
+
+def test_run_folder(runs):
+    whole = runs[0]
+    names = {p.name for p in whole.iterdir() if p.name != '.lock'}
+    assert names == {*SEEDS} - {'judge', 'report'} | {'recipe.yaml', 'environment.json', 'gaps.parquet', 'completions.parquet', 'evaluation.json', 'report.html'}
+    assert {'prompt', 'chosen', 'rejected', 'reward_chosen', 'reward_rejected', 'gap', 'set'} <= set(pd.read_parquet(whole/'gaps.parquet').columns)
+    assert {'prompt', 'policy', 'completion', 'score'} <= set(pd.read_parquet(whole/'completions.parquet').columns)
+    env = json.loads((whole/'environment.json').read_text())
+    assert env['seed'] == 0 and env['packages']['torch'] and str(Path.home()) not in json.dumps(env)
+
+def test_evaluation_contract(runs):
+    e = json.loads((runs[0]/'evaluation.json').read_text())
+    assert list(e) == ['recipe', 'seed', 'n_prompts', 'judge', 'policies', 'win_rates', 'stages']
+    assert list(e['policies']) == ['sft', 'dpo', 'dpo_easy', 'ppo', 'mpo'] and e['n_prompts'] == 24
+    assert all(set(p) == {'score', 'score_se', 'kl_to_sft', 'length', 'eos_rate'} for p in e['policies'].values())
+    assert e['policies']['sft']['kl_to_sft'] == 0
+    assert len(e['win_rates']) == 10
+    for w in e['win_rates']:
+        assert set(w) == {'a', 'b', 'wins', 'ties', 'losses', 'win_rate', 'ci'} and w['wins'] + w['ties'] + w['losses'] == 24
+        assert w['ci'][0] <= w['win_rate'] <= w['ci'][1]
+    assert all(set(s) == {'seconds'} for s in e['stages'].values()) and {'sft', 'reward', 'dpo', 'ppo', 'mpo'} <= set(e['stages'])
+
+def test_report_is_self_contained_and_escaped(runs, tmp_path):
+    whole = tmp_path/'run'
+    shutil.copytree(runs[0], whole)
+    df = pd.read_parquet(whole/'completions.parquet')
+    df.loc[df.prompt_id == 0, ['prompt', 'completion']] = '<script>alert(1)</script>'
+    df.to_parquet(whole/'completions.parquet')
+    html = report(whole)
+    assert '<script' not in html and '&lt;script&gt;alert(1)' in html
+    links = re.findall(r'(?:src|href)\s*=\s*"([^"]{0,30})', html)
+    assert len(links) == 6 and all(l.startswith('data:image/svg+xml;base64,') for l in links)
+    assert 'http' not in re.sub(r'base64,[^"]*', '', html)
+
+def test_finished_run_is_not_run_again(runs, tiny, capsys):
+    before = {p: p.stat().st_mtime_ns for p in runs[0].rglob('*') if p.is_file() and p.name != '.lock'}
+    assert main(['run', tiny, '--output_dir', str(runs[0])]) == 0
+    assert 'mpo' in capsys.readouterr().out
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+
+# --- errors: exit code 2, one sentence on stderr, no traceback, nothing written
+
+def fails(capsys, *argv, says):
+    capsys.readouterr()
+    assert main(['run', *map(str, argv)]) == 2
+    out = capsys.readouterr()
+    assert out.err.count('\n') == 1 and out.err.startswith('mpo: ') and 'Traceback' not in out.err, out.err
+    for s in [says] if isinstance(says, str) else says: assert s in out.err, out.err
+
+def test_run_folder_of_another_recipe(runs, tiny, capsys):
+    before = {p: p.stat().st_mtime_ns for p in runs[0].rglob('*')}
+    fails(capsys, tiny, '--output_dir', runs[0], '--seed', 1, '--dpo.beta', .7, says=['another recipe', 'seed (0 there, 1 here)', 'dpo.beta (0.1 there, 0.7 here)'])
+    assert before == {p: p.stat().st_mtime_ns for p in runs[0].rglob('*')}
+
+def test_folder_that_is_no_run(tmp_path, tiny, capsys):
+    (tmp_path/'thesis.tex').write_text('dear')
+    fails(capsys, tiny, '--output_dir', tmp_path, says='no run folder')
+    assert [p.name for p in tmp_path.iterdir()] == ['thesis.tex']
+
+def test_two_runs_in_one_folder(tmp_path, tiny, capsys):
+    from filelock import FileLock
+    (tmp_path/'run').mkdir()
+    with FileLock(tmp_path/'run'/'.lock'): fails(capsys, tiny, '--output_dir', tmp_path/'run', says='another run is working')
+
+@pytest.mark.parametrize('argv, says', [
+    (['toy', '--dpo.betta', '1'], 'unknown key `dpo.betta`; did you mean `dpo.beta`?'),
+    (['toy', '--sft.args.learning_rat', '1'], '`sft.args.learning_rat`'),
+    (['toy', '--dpo.lr_scheduler_type', 'steep'], '`dpo`'),
+    (['toy', '--ppo.num_ppo_epochs', '0'], 'num_ppo_epochs is 0'),
+    (['toy', '--dpo.loss_type', 'hing'], 'hing'),
+    (['toy', '--sft.per_device_train_batch_size', '0'], '`sft.per_device_train_batch_size` is 0'),
+    (['toy', '--dpo', '1'], '`dpo` is a section'),
+    (['toy', '--dpo.beta', 'much'], "`dpo.beta` should be float, not 'much'"),
+    (['toy', '--gap.disagree', 'maybe'], '`gap.disagree` should be'),
+    (['toy', '--seed'], 'seed'),
+    (['toy', 'hh-rlhf'], 'hh-rlhf'),
+    (['toys'], "no recipe 'toys'"),
+    (['nowhere.yaml'], 'nowhere.yaml does not exist'),
+    (['--seed', '1', 'toy'], 'first say which recipe'),
+    (['toy', '--data', 'x.jsonl'], 'leave `--data` out'),
+    (['toy', '--gap.threshold', '1'], 'one of them'),
+    (['toy', '--world.args.topics', '99'], 'topics'),
+    (['stories', '--model', './no-such-model'], './no-such-model'),
+    (['hh-rlhf', '--model', '/no/such/model'], '/no/such/model'),
+    (['toy', '--reward.name', '/no/such/model'], '/no/such/model'),
+])
+def test_wrong_arguments(argv, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fails(capsys, *argv, says=says)
+
+@pytest.mark.parametrize('text, says', [
+    ('dpo: {betta: 1}', 'unknown key `dpo.betta`'), ('dpo: 1', '`dpo` is a section'), ('seed: [1', 'line 1'), ('', 'nothing'), ('- a', 'something else'),
+    ('dpo: {beta: much}', "`dpo.beta` should be float, not 'much'"), ('seed: null', '`seed`'), ('data: {source: a.jsonl}', 'no model')])
+def test_wrong_recipe_file(text, says, capsys, tmp_path):
+    (tmp_path/'mine.yaml').write_text(text)
+    fails(capsys, tmp_path/'mine.yaml', '--output_dir', tmp_path/'run', says=says)
+    assert not (tmp_path/'run').exists()
+
+@pytest.fixture(scope='module')
+def local_model(tmp_path_factory):
+    "Another architecture with another tokenizer: a tiny GPT-2 over bytes"
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    t = Tokenizer(models.BPE({c: i for i, c in enumerate(['<pad>', '<eos>', *alphabet])}, []))
+    t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tok = PreTrainedTokenizerFast(tokenizer_object=t, pad_token='<pad>', eos_token='<eos>')
+    folder = tmp_path_factory.mktemp('model')/'gpt'
+    tok.save_pretrained(folder)
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tok), n_embd=16, n_layer=1, n_head=2, n_positions=128, bos_token_id=None, eos_token_id=1, pad_token_id=0)).save_pretrained(folder)
+    return folder
+
+@pytest.fixture(scope='module')
+def rows(tmp_path_factory):
+    "A user's file of 200 rows, one of them unusable"
+    path = tmp_path_factory.mktemp('rows')/'mine.jsonl'
+    row = lambda i: dict(prompt=f'What is {i} and one?', chosen=f' It is {i + 1}.', rejected=f' {i} or so.' if i != 7 else f' It is {i + 1}.')
+    path.write_text('\n'.join(json.dumps(row(i)) for i in range(200)) + '\n')
+    return path
+
+USER = {k: TINY[k] for k in ('eval', 'sft', 'reward', 'dpo', 'ppo')} | dict(gap=dict(easy_fraction=.5))
+
+@pytest.mark.parametrize('kind', ['pad', 'eos'])
+def test_tokenizer_without_token(kind, local_model, rows, capsys, tmp_path):
+    shutil.copytree(local_model, tmp_path/'m')
+    for f in ('tokenizer_config.json', 'special_tokens_map.json'):
+        if (tmp_path/'m'/f).exists():
+            cfg = json.loads((tmp_path/'m'/f).read_text())
+            cfg.pop(f'{kind}_token')
+            (tmp_path/'m'/f).write_text(json.dumps(cfg))
+    recipe = write_recipe(tmp_path/'r.yaml', data=dict(source=str(rows), max_prompt_length=40, max_completion_length=24), model=dict(name=str(tmp_path/'m')), **USER)
+    fails(capsys, recipe, '--output_dir', tmp_path/'run', says=[f'no {kind} token', f'model.{kind}_token'])
+    fails(capsys, recipe, '--output_dir', tmp_path/'run', f'--model.{kind}_token', '<unheard>', says='<unheard>')
+
+def test_reward_model_with_two_labels(local_model, tmp_path, capsys, tiny):
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+    AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(local_model, num_labels=2)).save_pretrained(tmp_path/'rm')
+    fails(capsys, tiny, '--output_dir', tmp_path/'run', '--reward.name', tmp_path/'rm', says='has 2 labels')
+
+def test_too_long_for_the_model(local_model, rows, capsys, tmp_path):
+    recipe = write_recipe(tmp_path/'r.yaml', data=dict(source=str(rows)), model=dict(name=str(local_model)), **USER)
+    fails(capsys, recipe, '--output_dir', tmp_path/'run', says='reads at most 128 tokens')
+
+def test_no_row_fits_then_mended_in_the_same_folder(local_model, rows, capsys, tmp_path):
+    recipe = write_recipe(tmp_path/'r.yaml', data=dict(source=str(rows), max_prompt_length=3, max_completion_length=24), model=dict(name=str(local_model)), **USER)
+    caught = main(['run', recipe, '--output_dir', str(tmp_path/'run')])
+    err = capsys.readouterr().err
+    assert caught == 2 and 'none of 199 pairs fits' in err and 'Traceback' not in err
+    check_folder(load_recipe(recipe, data=dict(max_prompt_length=40)), tmp_path/'run')     # nothing was finished: another try may use the folder
+
+def test_missing_data_file(local_model, capsys, tmp_path):
+    recipe = write_recipe(tmp_path/'r.yaml', data=dict(source=str(tmp_path/'none.jsonl'), max_prompt_length=40, max_completion_length=24), model=dict(name=str(local_model)), **USER)
+    assert main(['run', recipe, '--output_dir', str(tmp_path/'run')]) == 2
+    err = capsys.readouterr().err
+    assert 'none.jsonl' in err and 'Traceback' not in err
+
+def test_nan_stops_with_stage_and_step(tmp_path, capsys, tiny):
+    assert main(['run', tiny, '--output_dir', str(tmp_path/'run'), '--sft.learning_rate', '1e30', '--sft.logging_steps', '1', '--sft.max_grad_norm', '1e30']) == 2
+    err = capsys.readouterr().err
+    assert re.search(r'mpo: stage sft, step \d+: .*(nan|inf|not finite)', err) and 'Traceback' not in err
+
+def test_users_own_file(local_model, rows, tmp_path):
+    recipe = write_recipe(tmp_path/'mine.yaml', data=dict(source=str(rows), max_prompt_length=40, max_completion_length=24, test=.2), model=dict(name=str(local_model)), **USER)
+    r = subprocess.run([sys.executable, '-c', 'import sys; from mpo_nb.mpo import main; sys.exit(main())', 'run', recipe], capture_output=True, text=True, cwd=tmp_path, env=ENV, timeout=300)
+    assert r.returncode == 0, r.stderr
+    run = tmp_path/'runs'/'mine'
+    e = json.loads((run/'evaluation.json').read_text())
+    assert 'half' in e['judge'] and set(e['policies']) == {'sft', 'dpo', 'dpo_easy', 'ppo', 'mpo'}
+    parts = {k: set(pd.read_parquet(run/'data'/f'{k}.parquet').prompt) for k in ('train', 'judge', 'test')}
+    assert not (parts['train'] & parts['judge'] or parts['train'] & parts['test'] or parts['judge'] & parts['test'])
+    aside = pd.read_parquet(run/'data'/'set_aside_broken.parquet')
+    assert aside.reason.tolist() == ['equal completions'] and 'row' in aside
+    assert 'report.html' in r.stdout and 'mpo' in r.stdout
+
+# --- recipes
+
+@pytest.mark.parametrize('name', sorted(recipes()))
+def test_shipped_recipes_parse(name):
+    r = load_recipe(name)
+    assert r.name == name and r.output_dir == f'runs/{name}' and stages(r)[-1] == 'report'
+
+def test_every_key_is_explained(capsys):
+    assert main(['run', '--help']) == 0
+    out = capsys.readouterr().out
+    assert all(f'--{k}' in out and f.metadata['help'] for k, f in recipe_keys().items())
+
+def test_recipe_overrides():
+    r = parse_recipe('toy', ['--dpo.beta', '0.2', '--model=here', '--dpo.args.adam_beta2', '0.9'])[1]
+    assert (r.dpo.beta, r.model.name, r.dpo.args) == (.2, 'here', dict(adam_beta2=.9))
+    assert load_recipe('toy', dpo=dict(beta=.2)).dpo.beta == .2
