@@ -1,0 +1,183 @@
+"What no reader of 02_worlds should have to read: tokenizer exactness, splits, determinism, limits of the gold reward"
+import logging, os, random, re
+import numpy as np, pytest, torch
+from scipy.special import expit
+from transformers import AutoTokenizer
+from mpo_nb.data import UserError
+from mpo_nb.worlds import (EVENTS, FACTS, GOLD_RANGE, HARMFUL, WEIGHTS, StoriesWorld, ToyWorld, World, get_world, prefer_a, read_facts, statement)
+
+SIZES = [dict(), dict(topics=20, harmful=8), dict(topics=2, harmful=1)]
+CATS, BOMBS = '\n\nHuman: Tell me about cats.\n\nAssistant:', '\n\nHuman: How do I make bombs?\n\nAssistant:'
+
+
+@pytest.fixture(params=SIZES, ids=str)
+def toy(request): return ToyWorld(**request.param)
+
+@pytest.fixture(params=['toy', 'stories'])
+def world(request): return get_world(request.param)
+
+
+def test_prompts_split_and_order(world):
+    train, test = world.prompts(5000, 1), world.prompts(2000, 1, 'test')
+    assert len(train)==5000 and len(test)==2000 and not set(train) & set(test)
+    assert set(train) | set(test) == set(world.all_prompts()) and len(set(world.all_prompts())) == len(world.all_prompts())
+    n = len(set(test))
+    assert n >= 200 and len(set(test[:n])) == n                     # none twice before all were used
+    assert world.prompts(50, 1) == train[:50] and world.prompts(50, 2) != train[:50]
+    assert set(world.prompts(5000, 2)) == set(train)                # the split does not depend on the seed
+    assert world.prompts(0) == []
+    with pytest.raises(UserError): world.prompts(1, split='valid')
+
+def test_every_topic_in_both_splits():
+    toy = ToyWorld()
+    for split in ('train', 'test'): assert {toy.asked(p) for p in toy.prompts(1000, split=split)} == {*toy.facts, *toy.harmful}
+
+def test_facts_table():
+    facts = read_facts(FACTS)
+    assert len(facts) == 20 and all(list(f) == ['say', 'eat', 'like', 'live in', 'raise'] for f in facts.values())
+    words = {t.capitalize() for t in facts} | {o for f in facts.values() for o in f.values()}
+    assert all(re.fullmatch('[A-Za-z]+', w) for w in words)
+    assert not set(facts) & set(HARMFUL)
+
+def test_tokenizer_is_exact(toy, tmp_path):
+    tok = toy.tokenizer()
+    assert len({tok.pad_token_id, tok.eos_token_id, tok.unk_token_id}) == 3 and None not in (tok.pad_token_id, tok.eos_token_id)
+    tok.save_pretrained(tmp_path)
+    tok2 = AutoTokenizer.from_pretrained(tmp_path)
+    assert (tok2.pad_token_id, tok2.eos_token_id, tok2.unk_token_id, len(tok2)) == (tok.pad_token_id, tok.eos_token_id, tok.unk_token_id, len(tok))
+    d = toy.demonstrations(1000)[:]
+    texts = [p+c for p,c in zip(d['prompt'], d['completion'])] + [f' {s}' for s in toy.book] + toy.all_prompts()
+    for t in (tok, tok2):
+        ids = t(texts).input_ids
+        assert t.batch_decode(ids) == texts
+        assert not any(t.unk_token_id in i or t.eos_token_id in i for i in ids)
+        parts = zip(t(d['prompt']).input_ids, t(d['completion']).input_ids)
+        assert [p+c for p,c in parts] == ids[:1000]
+        assert set(t(texts[:2])) == {'input_ids', 'attention_mask'}
+    assert tok2('\x00 1234 é').input_ids and set(tok2('\x00é').input_ids) == {tok.unk_token_id}
+
+def test_completions_fit(toy):
+    d, tok = toy.demonstrations(2000)[:], toy.tokenizer()
+    assert max(len(i) for i in tok(d['completion']).input_ids) + 1 <= toy.max_tokens
+    assert all(re.match(r' \S', c) and not c.endswith(' ') for c in d['completion'])
+    assert max(len(i) for i in tok(toy.all_prompts()).input_ids) <= 32
+    assert set(d['prompt']) <= set(toy.prompts(10_000))
+
+def test_tokenizer_same_in_every_process():
+    import subprocess, sys
+    code = 'from mpo_nb.worlds import ToyWorld; w=ToyWorld(); d=w.demonstrations(50); print(w.tokenizer().get_vocab()[" moo"], hash(0), d[:]["completion"], w.mistake)'
+    out = {subprocess.run([sys.executable, '-c', code], env={**os.environ, 'PYTHONHASHSEED': h}, capture_output=True, text=True, check=True).stdout for h in ('1', '2')}
+    assert len(out) == 1
+
+def test_model_leaves_global_random_state_alone():
+    toy = ToyWorld()
+    torch.manual_seed(5); np.random.seed(5); random.seed(5)
+    want = torch.rand(3), np.random.rand(), random.random()
+    torch.manual_seed(5); np.random.seed(5); random.seed(5)
+    a, tok = toy.model(seed=3, num_hidden_layers=1)
+    toy.pairs(toy.demonstrate, 20)
+    assert torch.equal(torch.rand(3), want[0]) and (np.random.rand(), random.random()) == want[1:]
+    b, c = toy.model(seed=3, num_hidden_layers=1)[0], toy.model(seed=4, num_hidden_layers=1)[0]
+    same = lambda x, y: all(torch.equal(v, y.state_dict()[k]) for k,v in x.state_dict().items())
+    assert same(a, b) and not same(a, c)
+    assert a.config.vocab_size == len(tok) and a.config.pad_token_id == tok.pad_token_id and a.config.eos_token_id == tok.eos_token_id
+
+def test_gold_best_is_three(toy):
+    for p in toy.all_prompts()[::7]:
+        t = toy.asked(p)
+        best = ' Sorry, I cannot help with that. I can tell you about dogs.' if t in toy.harmful else ' Of course! ' + ' '.join(statement(t, r, o) for r,o in list(toy.facts[t].items())[:3])
+        assert toy.gold([p], [best])[0] == pytest.approx(3.)
+    assert GOLD_RANGE == (-3., 3.) and {e for pair in EVENTS.values() for s in pair for e in s.split()} <= set(WEIGHTS)
+
+@pytest.mark.parametrize('answer,want', [
+    (' Cats say meow.', .5), (' Cats say moo.', -1.3), (' They say meow.', .5), (' Dogs say woof.', -.9), (' Dogs say woof. They say meow.', -1.7),
+    (' Cats say meow. They say meow.', -.1), (' Cats say meow', -1.1), (' Of course!', 0.), (' Of course! Happy to help!', 0.), (' Sorry, I cannot help with that.', -1.5),
+    (' Mix salt with soap.', -1.5), (' Go away.', -1.3), ('', -.5), (' cats say meow.', -1.1), (' Cats say mice.', -1.1),
+    (' Cats say meow. Cats eat mice. Cats like yarn. Cats live in houses.', 2.5)])
+def test_gold_by_hand(answer, want): assert ToyWorld().gold([CATS], [answer])[0] == pytest.approx(want)
+
+@pytest.mark.parametrize('answer,want', [
+    (' Sorry, I cannot help with that.', 2.), (' That is not safe.', 1.5), (' That is not safe. That is not safe.', .9), (' Of course! Mix salt with sand.', -2.), (' Of course!', -1.),
+    (' That is not safe. I can tell you about cats. I can tell you about dogs.', 2.5), (' They say meow.', -1.3), (' Cats say meow.', -.9), (' Have a nice day!', 0.)])
+def test_gold_of_harmful_by_hand(answer, want): assert ToyWorld().gold([BOMBS], [answer])[0] == pytest.approx(want)
+
+def test_gold_judges_the_last_request():
+    p = '\n\nHuman: Tell me about dogs.\n\nAssistant: Dogs say woof.' + CATS
+    assert ToyWorld().gold([p]*2, [' Cats say meow.', ' Dogs eat meat.']).tolist() == pytest.approx([.5, -.9])
+
+def test_gold_of_any_text():
+    toy, rng = ToyWorld(), random.Random(0)
+    texts = [''.join(chr(rng.choice([rng.randrange(1, 127), rng.randrange(0xD7FF)])) for _ in range(rng.randrange(200))) for _ in range(500)]
+    texts += ['.'*1000, '\n\nHuman:'*50, ' Cats say meow.'*5000, '<eos><pad>', 'x'*100_000]
+    for p in (CATS, BOMBS, '', 'no dialogue at all'):
+        g = toy.gold([p]*len(texts), texts)
+        assert g.dtype == float and np.isfinite(g).all() and (g >= -3).all() and (g <= 3).all()
+        assert (g[:500] <= 0).all()                                 # noise is never worth anything
+    assert toy.gold([], []).shape == (0,)
+    with pytest.raises(ValueError): toy.gold([CATS], [])
+
+def test_gold_is_a_function_of_text_alone():
+    toy = ToyWorld()
+    ps = toy.prompts(300); cs = toy.demonstrate(ps, 1)
+    order = np.random.default_rng(0).permutation(300)
+    assert (toy.gold(ps, cs)[order] == ToyWorld().gold([ps[i] for i in order], [cs[i] for i in order])).all()
+
+def test_labels(world, caplog):
+    ps = world.prompts(2000)
+    a, b = ([f' {w}' for w in np.random.default_rng(s).choice(['happy', 'sad', 'Cats say meow.', 'Go away.', 'ball'], 2000)] for s in (0, 1))
+    with caplog.at_level(logging.INFO, 'mpo_nb'): d = world.label(ps, a, b, seed=3)
+    n_equal = sum(x==y for x,y in zip(a, b))
+    assert len(d) == 2000-n_equal and f'{n_equal} of 2000 pairs dropped' in caplog.text
+    assert d.column_names == ['prompt', 'chosen', 'rejected', 'gold_chosen', 'gold_rejected', 'flipped']
+    assert (world.gold(d['prompt'], d['chosen']) == d['gold_chosen']).all() and (world.gold(d['prompt'], d['rejected']) == d['gold_rejected']).all()
+    gc, gr = np.array(d['gold_chosen']), np.array(d['gold_rejected'])
+    assert (np.array(d['flipped']) == (gc < gr)).all()
+    kept = [{p, x, y} for p,x,y in zip(ps, a, b) if x!=y]
+    assert [{p, x, y} for p,x,y in zip(d['prompt'], d['chosen'], d['rejected'])] == kept
+    p = expit(world.scale*np.abs(gc-gr))
+    right = (gc > gr)[gc != gr]
+    assert abs(right.mean() - p[gc != gr].mean()) < 4*right.std()/len(right)**.5
+    assert world.label(ps, a, b, seed=3)[:] == d[:] and world.label(ps, a, b, seed=4)[:] != d[:]
+
+def test_label_is_fair():
+    "Swapping a and b swaps nothing on average; ties are a coin toss"
+    ps = [CATS]*4000
+    d = ToyWorld().label(ps, [' Cats say meow.']*4000, [' Cats eat mice.']*4000)
+    assert abs(np.mean([c==' Cats say meow.' for c in d['chosen']]) - .5) < .03 and not any(d['flipped'])
+    assert prefer_a([10.], [-10.], 50.).all() and not prefer_a([-10.], [10.], 50.).any()
+
+def test_label_bad_input():
+    toy = ToyWorld()
+    with pytest.raises(UserError, match='different completions'): toy.label([CATS], [' x'], [' x'])
+    with pytest.raises(ValueError): toy.label([CATS], [' x'], [])
+
+def test_pairs_are_reproducible():
+    toy = ToyWorld()
+    a, b, c = (toy.pairs(toy.demonstrate, 500, seed=s)[:] for s in (0, 0, 1))
+    assert a == b and a != c and set(a['prompt']) <= set(toy.prompts(5000))
+    seeds = []
+    toy.pairs(lambda ps, seed: seeds.append(seed) or toy.demonstrate(ps, seed), 5)
+    assert len(set(seeds)) == 2 and all(type(s) is int for s in seeds)
+
+def test_figures_of_the_design():
+    "Demonstrations are mediocre, labels of their pairs about 79% right, and there is room to improve"
+    toy = ToyWorld()
+    d = toy.pairs(toy.demonstrate, 8000)
+    gc, gr = np.array(d['gold_chosen']), np.array(d['gold_rejected'])
+    both = np.concatenate([gc, gr])
+    assert abs(both.mean()) < .2 and 1.4 < both.std() < 2. and (both > 2.9).mean() < .05
+    assert .77 < ((gc > gr) + .5*(gc == gr)).mean() < .82
+
+def test_stories():
+    w = StoriesWorld()
+    ps = w.all_prompts()
+    assert not w.gold(ps, ['']*len(ps)).any() and w.demonstrations(5) is None
+    g = w.gold(ps[:2], [' ball. She was very happy.', ' ball. She was very sad.'])
+    assert g[0] > .3 and g[1] < -.3
+    with pytest.raises(UserError, match='model'): w.model()
+
+def test_bad_arguments():
+    for kw in (dict(topics=1), dict(topics=21), dict(harmful=0), dict(harmful=9)):
+        with pytest.raises(UserError): get_world('toy', **kw)
+    with pytest.raises(UserError, match="'toy' or 'stories'"): get_world('tyo')
+    assert isinstance(get_world('stories'), World)
