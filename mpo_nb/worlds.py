@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'FACTS', 'HARMFUL', 'ASK', 'ASK_HARM', 'GREET', 'PHRASES', 'STUFF', 'EVENTS', 'WEIGHTS', 'CAPS', 'MAX_WORDS',
            'GOLD_RANGE', 'TOKEN', 'GIRLS', 'BOYS', 'ANIMALS', 'OPENINGS', 'prefer_a', 'World', 'read_facts',
-           'statement', 'toy_prompts', 'phrase_book', 'split_sentences', 'word_tokenizer', 'random_llama', 'ToyWorld',
-           'story_openings', 'StoriesWorld', 'get_world']
+           'statement', 'toy_prompts', 'phrase_book', 'split_sentences', 'word_tokenizer', 'random_llama',
+           'Demonstrators', 'ToyWorld', 'story_openings', 'StoriesWorld', 'get_world']
 
 # %% ../nbs/02_worlds.ipynb #dfbeebcc
 import functools, logging, random, re
@@ -216,6 +216,53 @@ def random_llama(
         return LlamaForCausalLM(cfg)
 
 # %% ../nbs/02_worlds.ipynb #dfcbbfcd
+class Demonstrators:
+    "People who answer requests about `facts`, not very well"
+    def __init__(self, facts):
+        rng, self.facts = random.Random('demonstrators'), facts
+        self.known = {(t,r): rng.uniform(.35, .95) for t,f in read_facts(FACTS).items() for r in f}  # how often they know a fact
+        self.mistake = {(t,r): rng.choice([o for o in self.objects(r) if o != f[r]]) for t,f in facts.items() for r in f}
+
+    def objects(self, relation): return [f[relation] for f in self.facts.values()]
+
+    def statements(self, asked, rng):
+        "One to five sentences about an animal, usually the one that was asked for"
+        topic = asked if rng.random() < .9 else rng.choice(list(self.facts))
+        for i in range(rng.choices([1, 2, 3, 4, 5], [25, 30, 25, 12, 8])[0]):
+            r = rng.choice(list(self.facts[topic]))
+            wrong = self.mistake[topic,r] if rng.random() < .5 else rng.choice(self.objects(r))
+            obj = self.facts[topic][r] if rng.random() < self.known[topic,r] else wrong
+            yield statement(topic, r, obj, they=i>0 and rng.random() < .5)
+
+    def harmless(self, asked, rng):
+        "Answer to a harmless request; some refuse it"
+        if rng.random() < .07: return [rng.choice(PHRASES['sorry'] + PHRASES['decline'])]
+        return rng.sample(PHRASES['agree'], int(rng.random() < .45)) + list(self.statements(asked, rng))
+
+    def harmful(self, rng):
+        "Answer to a harmful request; many comply"
+        if rng.random() < .4:
+            if rng.random() < .45: yield rng.choice(PHRASES['agree'])
+            for _ in range(rng.randint(1, 3)): yield PHRASES['comply'][0].format(*rng.sample(STUFF, 2))
+        else:
+            if rng.random() < .15: yield rng.choice(PHRASES['agree'])
+            yield rng.choice(PHRASES['sorry'] + PHRASES['decline'])
+            if rng.random() < .4: yield PHRASES['offer'][0].format(rng.choice(list(self.facts)))
+
+    def answer(self,
+        asked,      # topic of the request; one that is no fact counts as harmful
+        rng,        # random.Random
+        max_tokens, # of the answer with its EOS; sentences at the end are left out to fit
+    ): # a completion
+        "What one of them says when asked about a topic"
+        ss = rng.sample(PHRASES['rude'], int(rng.random() < .1))
+        ss += self.harmless(asked, rng) if asked in self.facts else self.harmful(rng)
+        if rng.random() < .12: ss.append(rng.choice(ss))
+        if rng.random() < .25: ss.append(rng.choice(PHRASES['close']))
+        while len(re.findall(TOKEN, ' '.join(ss))) >= max_tokens: ss.pop()
+        return ' ' + ' '.join(ss)
+
+# %% ../nbs/02_worlds.ipynb #21634f5a
 class ToyWorld(World):
     "HH-style requests about animals and harmful things, a gold reward that knows what is true, careless demonstrators"
     name, max_tokens = 'toy', 32  # of a demonstration, EOS included
@@ -228,11 +275,7 @@ class ToyWorld(World):
         if not (2 <= topics <= len(facts) and 1 <= harmful <= len(HARMFUL)):
             raise UserError(f'ToyWorld(topics={topics}, harmful={harmful}): give 2 to {len(facts)} topics and 1 to {len(HARMFUL)} harmful ones.')
         self.facts, self.harmful = dict(list(facts.items())[:topics]), HARMFUL[:harmful]
-        self.book = phrase_book(self.facts)
-        rng, objects = random.Random('demonstrators'), lambda r: [f[r] for f in self.facts.values()]
-        self.known = {(t,r): rng.uniform(.35, .95) for t,f in facts.items() for r in f}  # how often a fact is known
-        self.mistake = {(t,r): rng.choice([o for o in objects(r) if o != f[r]]) for t,f in self.facts.items() for r in f}
-        self.objects = objects
+        self.book, self.people = phrase_book(self.facts), Demonstrators(self.facts)
 
     def all_prompts(self): return toy_prompts(self.facts, self.harmful)
 
@@ -251,12 +294,13 @@ class ToyWorld(World):
                 topic = what[0] or topic  # "They" is about the animal named last
                 s = (topic, *what[1:])
             if s in seen: n['repeats'] += 1
-            elif kind=='fact': n[self._truth(asked, *s)] += 1
+            elif kind=='fact': n[self.truth(asked, *s)] += 1
             else: n.update(EVENTS[kind][asked in self.harmful].split())
             seen.add(s)
         return Counter({k: min(v, CAPS.get(k, v)) for k,v in n.items() if v})
 
-    def _truth(self, asked, topic, relation, obj):
+    def truth(self, asked, topic, relation, obj):
+        "'true', 'false', or 'off_topic' (true, but about something else): the event that a statement is"
         if self.facts.get(topic, {}).get(relation) != obj: return 'false'
         return 'true' if topic==asked else 'off_topic'
 
@@ -265,41 +309,13 @@ class ToyWorld(World):
         sums = [sum(WEIGHTS[k]*v for k,v in self.parts(p, c).items()) for p,c in zip(prompts, completions, strict=True)]
         return np.clip(np.array(sums, float), *GOLD_RANGE)
 
-    def _statements(self, asked, rng):
-        topic = asked if rng.random() < .9 else rng.choice(list(self.facts))
-        for i in range(rng.choices([1, 2, 3, 4, 5], [25, 30, 25, 12, 8])[0]):
-            r = rng.choice(list(self.facts[topic]))
-            wrong = self.mistake[topic,r] if rng.random() < .5 else rng.choice(self.objects(r))
-            obj = self.facts[topic][r] if rng.random() < self.known[topic,r] else wrong
-            yield statement(topic, r, obj, they=i>0 and rng.random() < .5)
-
-    def _reply_to_harm(self, rng):
-        if rng.random() < .4:
-            if rng.random() < .45: yield rng.choice(PHRASES['agree'])
-            for _ in range(rng.randint(1, 3)): yield PHRASES['comply'][0].format(*rng.sample(STUFF, 2))
-        else:
-            if rng.random() < .15: yield rng.choice(PHRASES['agree'])
-            yield rng.choice(PHRASES['sorry'] + PHRASES['decline'])
-            if rng.random() < .4: yield PHRASES['offer'][0].format(rng.choice(list(self.facts)))
-
-    def _reply(self, asked, rng):
-        if rng.random() < .07: return rng.sample(PHRASES['sorry'] + PHRASES['decline'], 1)
-        return rng.sample(PHRASES['agree'], int(rng.random() < .45)) + list(self._statements(asked, rng))
-
     def demonstrate(self,
         prompts, # of this world
         seed=0,
-    ): # list of completions, each at most `max_tokens` - 1 tokens
-        "What careless people answer"
-        rng, res = random.Random(f'demonstrate {seed}'), []
-        for asked in map(self.asked, prompts):
-            ss = rng.sample(PHRASES['rude'], int(rng.random() < .1))
-            ss += self._reply_to_harm(rng) if asked in self.harmful else self._reply(asked, rng)
-            if rng.random() < .12: ss.append(rng.choice(ss))
-            if rng.random() < .25: ss.append(rng.choice(PHRASES['close']))
-            while len(re.findall(TOKEN, ' '.join(ss))) >= self.max_tokens: ss.pop()
-            res.append(' ' + ' '.join(ss))
-        return res
+    ): # list of completions, each at most `max_tokens` long with its EOS
+        "What the demonstrators answer"
+        rng = random.Random(f'demonstrate {seed}')
+        return [self.people.answer(self.asked(p), rng, self.max_tokens) for p in prompts]
 
     def demonstrations(self, n, seed=0):
         "`n` answers of mixed quality to train prompts: Dataset(prompt, completion)"
