@@ -1,0 +1,38 @@
+"Settings of every test: offline, quiet, two threads; and the fixtures that several files use."
+import os
+
+os.environ.update(HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false', HF_HUB_DISABLE_PROGRESS_BARS='1', TRANSFORMERS_VERBOSITY='error')
+
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope='session')
+def world():
+    from mpo_nb.worlds import get_world
+    return get_world('toy')
+
+
+@pytest.fixture(scope='session')
+def tok():
+    "The toy world's word-level tokenizer: pad 0, EOS 1, no BOS"
+    from util import toy_tokenizer
+    return toy_tokenizer()
+
+
+@pytest.fixture(scope='module')
+def one_thread():
+    "Models of 10,000 weights gain nothing from a second thread, and lose a lot when the other core is busy"
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+
+@pytest.fixture
+def own_random_state():
+    "A test that neither depends on nor changes the random numbers of others"
+    from mpo_nb.logprobs import seeded
+    with seeded(0): yield

@@ -1,0 +1,589 @@
+"""DPO: reported defects of other implementations (numbered as in the project's list of known defects) that ours must not have, and parity with TRL 1.16.
+
+Each docstring says in brackets which mutation of the code makes the test fail."""
+import copy
+import json
+import logging
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, MistralConfig, TrainerCallback
+
+from mpo_nb.data import UserError
+from mpo_nb.dpo import DPOConfig, collate_pairs, dpo_loss, encode_pair, encode_pairs, plain_logps, shared_logps, shared_mask
+from mpo_nb.logprobs import encode_prompt, sequence_logprobs
+from util import (KINDS, AtTheEnd, TableLM, bpe, distance, dpo_trainer, end_state, fingerprint, logged, pad_is_eos, row_logps, tiny, toy_pairs, toy_tokenizer, weights)
+
+pytestmark = pytest.mark.usefixtures('one_thread', 'own_random_state')
+
+PASSES = plain_logps, shared_logps
+PAIRS = [dict(prompt_ids=[5, 6, 7], chosen_ids=[21, 22, 23, 1], rejected_ids=[24, 1]),
+         dict(prompt_ids=[8, 9, 10, 11, 12, 13], chosen_ids=[25, 1], rejected_ids=[26, 27, 28, 29, 1]),
+         dict(prompt_ids=[16], chosen_ids=[1], rejected_ids=[30, 31, 1])]
+
+
+def by_hand(model, rows, temperature=1.):
+    "Summed log-probs of the chosen and the rejected completions, each row alone and without padding"
+    return [torch.stack([row_logps(model, r['prompt_ids'], r[f'{side}_ids'], temperature).sum() for r in rows]) for side in ('chosen', 'rejected')]
+
+def encoded(ds=None): return list(encode_pairs(ds or toy_pairs(), toy_tokenizer())[0])
+
+class Start(TrainerCallback):
+    "Calls `f` before the first step"
+    def __init__(self, f): self.f = f
+    def on_train_begin(self, args, state, control, model=None, **kw): self.f(model)
+
+
+# ---- the loss
+
+def loss_gradient(loss_type, smoothing=0.):
+    "Loss and its derivative by the margin (before beta) at margin 6, beta .1"
+    chosen = torch.tensor([-4.], dtype=torch.float64, requires_grad=True)
+    losses, *_ = dpo_loss(chosen, torch.tensor([-9.]).double(), torch.tensor([-7.]).double(), torch.tensor([-6.]).double(), .1, loss_type, smoothing)
+    losses.sum().backward()
+    return losses.item(), chosen.grad.item()
+
+@pytest.mark.parametrize('loss_type, smoothing, loss, gradient', [('sigmoid', 0, .437488, -.035434), ('sigmoid', .1, .497488, None), ('robust', .1, .362488, None), ('hinge', 0, .4, -.1)])
+def test_item41_losses_at_margin_six(loss_type, smoothing, loss, gradient):
+    "The numbers of the list [fails when `loss_type` or `label_smoothing` is ignored]"
+    got = loss_gradient(loss_type, smoothing)
+    assert got[0] == pytest.approx(loss, abs=1e-6) and (gradient is None or got[1] == pytest.approx(gradient, abs=1e-6))
+
+
+def plain_loss(pc, pr, rc, rr, beta, kind, e, n, m):
+    "One pair, by the formulas of the papers"
+    sigmoid, h = lambda x: 1 / (1 + math.exp(-x)), beta * ((pc - rc) - (pr - rr))
+    return {'sigmoid': lambda: -(1 - e) * math.log(sigmoid(h)) - e * math.log(sigmoid(-h)),
+            'robust': lambda: (-(1 - e) * math.log(sigmoid(h)) + e * math.log(sigmoid(-h))) / (1 - 2 * e),
+            'hinge': lambda: max(0., 1 - h), 'ipo': lambda: ((pc - rc) / n - (pr - rr) / m - 1 / (2 * beta)) ** 2}[kind]()
+
+@pytest.mark.parametrize('kind, e', [('sigmoid', 0.), ('sigmoid', .2), ('robust', .2), ('hinge', 0.), ('ipo', 0.)])
+def test_losses_equal_plain_loops(kind, e):
+    "Float64, to 1e-10, with the implicit rewards, which carry no gradient [fails when the rewards leave out beta, or IPO divides by one length]"
+    g = torch.Generator().manual_seed(2)
+    x = [(-20 * torch.rand(50, dtype=torch.float64, generator=g)).requires_grad_() for _ in range(4)]
+    n, m = torch.randint(1, 20, (2, 50), generator=g)
+    for beta in (.05, 1.):
+        losses, chosen, rejected = dpo_loss(*x, beta, kind, e, (n, m))
+        rows = list(zip(*(v.tolist() for v in (*x, n, m))))
+        assert losses.tolist() == pytest.approx([plain_loss(*r[:4], beta, kind, e, *r[4:]) for r in rows], abs=1e-10)
+        assert chosen.tolist() == pytest.approx([beta * (r[0] - r[2]) for r in rows], abs=1e-10) and not chosen.requires_grad
+        assert rejected.tolist() == pytest.approx([beta * (r[1] - r[3]) for r in rows], abs=1e-10) and not rejected.requires_grad
+
+
+def test_loss_stays_finite_at_large_margins():
+    "[fails when log(sigmoid(x)) is written out]"
+    x, zero = torch.tensor([-1e4, 1e4], requires_grad=True), torch.zeros(2)
+    losses, *_ = dpo_loss(x, zero, zero, zero, 1., 'sigmoid', .1)
+    losses.sum().backward()
+    assert losses.isfinite().all() and x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize('bad', [dict(loss_type='kto'), dict(loss_type='hinge', label_smoothing=.1), dict(loss_type='ipo', label_smoothing=.1), dict(label_smoothing=.5), dict(label_smoothing=-.1),
+                                 dict(beta=0.), dict(beta=float('nan'))])
+def test_item41_unsupported_combinations_raise(bad, tmp_path):
+    "[fails when `check_loss` isn't called]"
+    with pytest.raises(UserError): DPOConfig(output_dir=str(tmp_path), use_cpu=True, **bad)
+
+
+def test_item45_chosen_falls_only_if_the_model_wants_it():
+    "The loss pulls chosen up and rejected down; both rewards are logged apart [fails when the two are swapped]"
+    pc, pr = torch.zeros(3, requires_grad=True), torch.zeros(3, requires_grad=True)
+    for kind in ('sigmoid', 'hinge', 'robust', 'ipo'):
+        g = torch.autograd.grad(dpo_loss(pc, pr, torch.zeros(3), torch.zeros(3), .1, kind, 0., (torch.ones(3), torch.ones(3)))[0].sum(), (pc, pr))
+        assert (g[0] < 0).all() and (g[1] > 0).all()
+
+
+def test_item45_rewards_are_logged_apart(tmp_path):
+    "After a few steps: rewards, margin, accuracy, log-probs by hand [fails when the margin or a log-prob is that of the other side]"
+    policy = tiny()
+    t = dpo_trainer(tmp_path, policy, max_steps=3)
+    rows, ref = encoded(), copy.deepcopy(policy)
+    states = []
+    t.add_callback(type('Keep', (TrainerCallback,), {'on_step_begin': lambda self, args, state, control, model=None, **kw: states.append(copy.deepcopy(model))})())
+    t.train()
+    with torch.no_grad(): (pc, pr), (rc, rr) = by_hand(states[2], rows), by_hand(ref, rows)
+    want = {'rewards/chosen': .1 * (pc - rc).mean(), 'rewards/rejected': .1 * (pr - rr).mean(), 'rewards/margins': .1 * (pc - rc - pr + rr).mean(),
+            'rewards/accuracies': (pc - rc > pr - rr).float().mean(), 'logps/chosen': pc.mean(), 'logps/rejected': pr.mean(),
+            'loss': -torch.nn.functional.logsigmoid(.1 * (pc - rc - pr + rr)).mean()}
+    assert {k: logged(t, k)[2] for k in want} == pytest.approx({k: v.item() for k, v in want.items()}, abs=1e-4)
+
+
+# ---- log-probs of pairs
+
+@pytest.mark.parametrize('forward', PASSES)
+@pytest.mark.parametrize('kind', KINDS)
+def test_item39_logps_do_not_depend_on_partners_or_padding(kind, forward):
+    "Each pair alone, by hand, equals any batch, order and pad id [fails when pads are counted, or `position_ids` left out]"
+    model = tiny(kind)
+    with torch.no_grad():
+        want = torch.stack(by_hand(model, PAIRS))
+        for pad in (0, 1, 77):
+            torch.testing.assert_close(torch.stack(forward(model, collate_pairs(PAIRS, pad))), want, atol=2e-5, rtol=0)
+            torch.testing.assert_close(torch.stack(forward(model, collate_pairs(PAIRS[::-1], pad))), want.flip(1), atol=2e-5, rtol=0)
+            torch.testing.assert_close(torch.cat([torch.stack(forward(model, collate_pairs([r], pad))) for r in PAIRS], 1), want, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_item39_both_forward_passes_have_the_same_gradient(kind):
+    "Also with eager attention [fails when rejected tokens see chosen ones]"
+    batch, coefficients = collate_pairs(PAIRS, 0), torch.tensor([[1., -2., .5], [3., 1., -1.]])
+    for attention in ('sdpa', 'eager'):
+        grads = []
+        for forward in PASSES:
+            model = tiny(kind, attn_implementation=attention)
+            assert model.config._attn_implementation == attention
+            (torch.stack(forward(model, batch)) * coefficients).sum().backward()
+            grads.append({k: p.grad for k, p in model.named_parameters()})
+        assert max(float(g.abs().max()) for g in grads[0].values()) > .1
+        assert distance(*grads) < 2e-4
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_item39_prompt_and_padding_never_enter_the_sum(kind):
+    "Poisoned logits wherever no completion token is predicted: log-probs and gradients unchanged [fails when the mask is left out]"
+    batch = collate_pairs(PAIRS, 0)
+    P, Tc, Tr = (batch[f'{k}_ids'].shape[1] for k in ('prompt', 'chosen', 'rejected'))
+    results = []
+    for poison in (0., 1e4):
+        model, noise = tiny(kind), torch.Generator().manual_seed(0)
+        def hook(module, args, out):
+            B, L = out.shape[:2]
+            spoil = torch.ones(B, L, dtype=torch.bool)
+            completion = L == P + Tc + Tr if not shared else True
+            for i, r in enumerate(PAIRS if shared else PAIRS * 2):
+                side = None if shared else ('chosen', 'rejected')[i >= len(PAIRS)]
+                if shared:
+                    spoil[i, L - Tc - Tr - 1:][:len(r['chosen_ids'])] = False       # the prompt's last token and chosen ones
+                    spoil[i, L - Tr:][:len(r['rejected_ids']) - 1] = False
+                else: spoil[i, L - max(Tc, Tr) - 1:][:len(r[f'{side}_ids'])] = False
+            return out + (poison * torch.randn(out.shape, generator=noise)) * spoil[..., None]
+        model.get_output_embeddings().register_forward_hook(hook)
+        for forward in PASSES:
+            shared = forward is shared_logps
+            model.zero_grad()
+            logps = torch.cat(forward(model, batch))
+            logps.sum().backward()
+            results.append((logps.detach(), {k: p.grad.clone() for k, p in model.named_parameters()}))
+    for clean, dirty in zip(results[:2], results[2:]):
+        assert torch.equal(clean[0], dirty[0])
+        assert distance(clean[1], dirty[1]) < 1e-4
+
+
+def test_item40_sums_for_dpo_means_for_ipo():
+    "A model of constant log-prob per token: twice the tokens, twice the log-prob; the IPO loss stays [fails when the log-probs are averaged]"
+    model = TableLM(vocab=50)
+    model.table.data.zero_()
+    rows = [dict(prompt_ids=[3], chosen_ids=[4] * n, rejected_ids=[5] * 2 * n) for n in (2, 4)]
+    chosen, rejected = plain_logps(model, collate_pairs(rows, 0))
+    assert chosen.tolist() == pytest.approx([-2 * math.log(50), -4 * math.log(50)]) and rejected.tolist() == pytest.approx((2 * chosen).tolist())
+    lengths = torch.tensor([2, 4]), torch.tensor([4, 8])
+    losses, *_ = dpo_loss(chosen, rejected, chosen / 2, rejected / 4, .1, 'ipo', lengths=lengths)
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
+    assert losses[0].item() == pytest.approx((-math.log(50) / 2 + math.log(50) * .75 - 5) ** 2, abs=1e-4)
+
+
+def test_shared_mask_by_hand():
+    "Prompt of 1 (behind a pad), chosen of 2, rejected of 1 (before a pad) [fails when rejected tokens see chosen ones]"
+    see = shared_mask(*(torch.tensor([m], dtype=torch.bool) for m in ([0, 1], [1, 1], [1, 0])))[0, 0].int().tolist()
+    #        pad pr  ch  ch  re  pad
+    assert see == [[1, 0, 0, 0, 0, 0],
+                   [0, 1, 0, 0, 0, 0],
+                   [0, 1, 1, 0, 0, 0],
+                   [0, 1, 1, 1, 0, 0],
+                   [0, 1, 0, 0, 1, 0],
+                   [0, 1, 0, 0, 1, 1]]
+
+
+# ---- before the first update
+
+@pytest.mark.parametrize('share', [True, False])
+@pytest.mark.parametrize('kind', KINDS)
+def test_item42_first_loss_is_ln_2(kind, share, tmp_path):
+    "Policy == reference, all dropouts .1 in the config: loss ln 2, rewards 0 [fails when `disable_dropout` isn't called; on all but gpt2 while it skips the attention's own rate]"
+    t = dpo_trainer(tmp_path, tiny(kind, dropout=.1), share_prefix=share, per_device_train_batch_size=3, gradient_accumulation_steps=3)
+    assert t.shares_prefix == share
+    t.train()
+    assert logged(t, 'loss')[0] == pytest.approx(math.log(2), abs=1e-6)
+    for k in ('chosen', 'rejected', 'margins'): assert logged(t, f'rewards/{k}')[0] == pytest.approx(0, abs=1e-5)
+
+
+def test_item42_first_loss_is_ln_2_on_a_sliding_window(tmp_path):
+    "A model that looks back 8 tokens, the first pairs short and later ones long: the choice of forward pass holds for all [fails while only the first pairs are probed]"
+    config = dict(vocab_size=132, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=24, max_position_embeddings=96, initializer_range=.3)
+    policy = AutoModelForCausalLM.from_config(MistralConfig(sliding_window=8, **config)).eval()
+    long = toy_pairs(4)
+    short = Dataset.from_dict(dict(prompt=['\n\nHuman:'] * 4, chosen=[' cats', ' dogs', ' meow', ' eat'], rejected=[' salt', ' mice', ' cats', ' dogs']))
+    pairs = Dataset.from_list(list(short) + list(long))
+    t = dpo_trainer(tmp_path, policy, pairs=pairs)
+    rows = encoded(pairs)
+    with torch.no_grad(): torch.testing.assert_close(torch.tensor(t.train_dataset['ref_chosen']).float(), by_hand(policy, rows)[0], atol=1e-4, rtol=0)
+    t.train()
+    assert logged(t, 'loss')[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_item42_reference_and_policy_run_in_the_same_precision(tmp_path):
+    "bf16 autocast: the logits of the reference pass are bf16 as those of training are [fails while only the training forward is under autocast]"
+    kinds, policy = [], tiny()
+    policy.get_output_embeddings().register_forward_hook(lambda mod, a, out: kinds.append((mod.training, out.dtype)))
+    t = dpo_trainer(tmp_path, policy, bf16=True, share_prefix=False)
+    made = list(kinds)
+    t.train()
+    assert kinds[-1] == (True, torch.bfloat16) and made and all(k == (False, torch.bfloat16) for k in made)
+
+
+def test_null_update(tmp_path):
+    "lr = 0: three steps in shuffled batches of other widths change no weight and no loss [fails when `position_ids` are left out]"
+    t = dpo_trainer(tmp_path, tiny('gpt2'), max_steps=6, learning_rate=0., per_device_train_batch_size=3)
+    before = fingerprint(t.model)
+    t.train()
+    assert fingerprint(t.model) == before and logged(t, 'loss') == pytest.approx([math.log(2)] * 6, abs=1e-6)
+
+
+# ---- tokens and lengths
+
+@pytest.mark.parametrize('kind', ['gpt2', 'llama', 'closing'])
+def test_item35_both_sides_share_the_prompt_of_generation(kind):
+    "Prompts that end in a space or mid-word [fails when a prompt is cut back to what prompt + completion have in common]"
+    tok = bpe(kind)
+    for prompt, chosen, rejected in [('Ans', 'wer', 's'), ('hello wor', 'ld', 'k'), ('the answer is ', 'here.', 'hello'), ('Answer:', ' hello', ' world.'), ('hello', ', world', ' ')]:
+        r = encode_pair(dict(prompt=prompt, chosen=chosen, rejected=rejected), tok)
+        assert r['prompt_ids'] == encode_prompt(tok, prompt) == [i for i in tok(prompt)['input_ids'] if i != tok.eos_token_id]
+        for side, text in (('chosen', chosen), ('rejected', rejected)):
+            ids = r[f'{side}_ids']
+            assert len(ids) > 1 and tok.decode(r['prompt_ids'] + ids, skip_special_tokens=True) == prompt + text
+
+
+@pytest.mark.parametrize('kind', ['gpt2', 'llama', 'closing'])
+@pytest.mark.parametrize('pad_eos', [False, True])
+def test_item36_one_eos_one_bos(kind, pad_eos):
+    "[fails when EOS is added to what the tokenizer has closed already]"
+    tok = pad_is_eos(bpe(kind)) if pad_eos else bpe(kind)
+    r = encode_pair(dict(prompt='Answer: hello', chosen=' world', rejected=' world, hello</s>'), tok)
+    for side in ('chosen', 'rejected'):
+        ids = r['prompt_ids'] + r[f'{side}_ids']
+        assert ids.count(tok.eos_token_id) == 1 and ids[-1] == tok.eos_token_id and None not in ids
+        assert ids.count(tok.bos_token_id) == (kind != 'gpt2') and (kind == 'gpt2' or ids[0] == tok.bos_token_id)
+
+
+def words(*lengths): return [' '.join(['cats'] * n) for n in lengths]
+
+def test_item37_pairs_around_max_length(tok):
+    "Grid of prompt and completion lengths: kept if and only if prompt and longer completion with EOS fit, whole; every other row number is returned [fails when EOS isn't counted]"
+    grid = [(p, c, r) for p in (1, 3, 6, 9, 10, 12) for c in (1, 4, 8) for r in (1, 5)]
+    prompt, chosen, rejected = zip(*(words(*g) for g in grid))
+    one = len(tok('cats cats')['input_ids']) - len(tok('cats')['input_ids'])
+    assert one == 1
+    kept, aside = encode_pairs(Dataset.from_dict(dict(prompt=prompt, chosen=chosen, rejected=rejected)), tok, max_length=10)
+    fits = [p + max(c, r) + 1 <= 10 for p, c, r in grid]
+    assert aside == [i for i, f in enumerate(fits) if not f] and len(kept) == sum(fits) > 5
+    for (p, c, r), row in zip([g for g, f in zip(grid, fits) if f], kept):
+        assert [len(row[k]) for k in ('prompt_ids', 'chosen_ids', 'rejected_ids')] == [p, c + 1, r + 1]
+        assert row['chosen_ids'][-1] == row['rejected_ids'][-1] == tok.eos_token_id
+    batch = collate_pairs(list(kept), tok.pad_token_id)
+    assert [m.sum().item() for m in (batch['chosen_mask'], batch['rejected_mask'])] == [sum(g[1] + 1 for g, f in zip(grid, fits) if f), sum(g[2] + 1 for g, f in zip(grid, fits) if f)]
+
+
+def test_item37_a_long_prompt_keeps_its_end(tok):
+    "`max_prompt_length` cuts the beginning of both sides' prompt, and never a completion [fails when the end is cut]"
+    (row,), aside = encode_pairs(Dataset.from_dict(dict(prompt=['cats dogs meow woof'], chosen=[' eat mice'], rejected=[' eat'])), tok, max_prompt_length=2, max_length=6)
+    assert not aside and tok.decode(row['prompt_ids']) == ' meow woof' and len(row['chosen_ids']) == 3 and len(row['rejected_ids']) == 2
+
+
+def test_item38_a_row_that_does_not_fit_leaves_no_trace(tmp_path, caplog):
+    "A prompt as long as `max_length`: counted in the log, and the same run as without the row; nothing left: an error [fails when the row is kept with an empty completion]"
+    pairs = toy_pairs(6)
+    long = dict(prompt=' cats' * 90, chosen=' meow', rejected=' woof')
+    with caplog.at_level(logging.INFO, 'mpo_nb'): with_row = dpo_trainer(tmp_path, pairs=Dataset.from_list([long, *pairs]), max_length=90)
+    assert '1 of 7' in caplog.text and len(with_row.train_dataset) == 6
+    without = dpo_trainer(tmp_path, pairs=pairs, max_length=90)
+    for t in (with_row, without): t.train()
+    assert logged(with_row) == logged(without) and distance(weights(with_row.model), weights(without.model)) == 0
+    with pytest.raises(UserError, match='max_length'): dpo_trainer(tmp_path, pairs=Dataset.from_list([long]), max_length=90)
+
+
+def test_item46_equal_completions(tmp_path):
+    "chosen == rejected: loss ln 2, no gradient, a tie and not a win, at the start and after training [fails when ties count as losses]"
+    for share in (True, False):
+        policy = tiny('gpt2')
+        equal = Dataset.from_list([dict(r, rejected=r['chosen']) for r in toy_pairs()])
+        t = dpo_trainer(tmp_path, policy, pairs=equal, share_prefix=share, max_steps=2, learning_rate=1.)
+        before = weights(policy)
+        t.train()
+        assert logged(t, 'loss') == pytest.approx([math.log(2)] * 2, abs=1e-6)
+        assert distance(before, weights(policy)) < 1e-5
+        moved = dpo_trainer(tmp_path, tiny('gpt2', seed=1), ref=policy, pairs=equal, share_prefix=share, learning_rate=0.)
+        moved.train()
+        assert abs(logged(moved, 'rewards/chosen')[0]) > .01
+        assert logged(t, 'rewards/accuracies') == [.5, .5] and logged(moved, 'rewards/accuracies') == [.5]
+
+
+# ---- optimisation
+
+SPLITS = (8, 1), (4, 2), (2, 4), (3, 3)
+
+@pytest.fixture(scope='module')
+def splits(tmp_path_factory):
+    "The same step on 8 pairs of unequal length, in micro-batches of 8, 4, 2 and 3 + 3 + 2"
+    runs = {}
+    for size, steps in SPLITS:
+        t = runs[size] = dpo_trainer(tmp_path_factory.mktemp('split'), tiny(seed=1), ref=tiny(seed=2), per_device_train_batch_size=size, gradient_accumulation_steps=steps, learning_rate=.5, max_steps=2)
+        t.start = weights(t.model)
+        t.train()
+    return runs
+
+@pytest.mark.parametrize('size', [s for s, _ in SPLITS])
+def test_item43_accumulation_gives_the_same_weights(size, splits):
+    "8x1, 4x2, 2x4, 3+3+2: same weights, loss and gradient norm [fails when the loss is the mean of the micro-batch]"
+    t, reference = splits[size], splits[8]
+    assert distance(reference.start, weights(reference.model)) > 1e-2
+    assert distance(weights(t.model), weights(reference.model)) < 2e-6
+    for key in ('loss', 'grad_norm'): assert logged(t, key) == pytest.approx(logged(reference, key), abs=1e-4)
+
+
+@pytest.mark.parametrize('size', [s for s, _ in SPLITS])
+def test_item43_logged_rewards_do_not_depend_on_the_split(size, splits):
+    "3+3+2 too [fails while micro-batches of unequal size are averaged with equal weight]"
+    for key in ('rewards/chosen', 'rewards/rejected', 'rewards/margins', 'rewards/accuracies', 'logps/chosen', 'logps/rejected'):
+        assert logged(splits[size], key) == pytest.approx(logged(splits[8], key), abs=1e-4), key
+
+
+@pytest.mark.parametrize('size', [3, 8])
+def test_item10_evaluation_does_not_depend_on_its_batch_size(size, tmp_path):
+    "Loss, rewards, accuracy of 8 pairs by hand [fails while the last, smaller batch weighs as much as the others]"
+    policy, ref, rows = tiny(seed=1), tiny(seed=2), encoded()
+    t = dpo_trainer(tmp_path, policy, ref, trainer=dict(eval_dataset=toy_pairs()), per_device_eval_batch_size=size)
+    got = t.evaluate()
+    with torch.no_grad(): (pc, pr), (rc, rr) = by_hand(policy, rows), by_hand(ref, rows)
+    want = {'loss': -torch.nn.functional.logsigmoid(.1 * (pc - rc - pr + rr)), 'rewards/chosen': .1 * (pc - rc), 'rewards/rejected': .1 * (pr - rr),
+            'rewards/accuracies': (pc - rc > pr - rr).float(), 'logps/chosen': pc}
+    assert {k: got.get(f'eval_{k}', logged(t, f'eval_{k}')[-1]) for k in want} == pytest.approx({k: v.mean().item() for k, v in want.items()}, abs=1e-4)
+
+
+def test_item22_cdpo_step_equals_plain_loops(tmp_path):
+    "Label smoothing .2, two SGD steps: the weights of a float64 loop over single rows, to 1e-5 [fails when the smoothing is ignored]"
+    policy, ref, rows = tiny('gpt2', seed=1), tiny('gpt2', seed=2), encoded()
+    model, reference = copy.deepcopy(policy).double(), copy.deepcopy(ref).double()
+    t = dpo_trainer(tmp_path, policy, ref, max_steps=2, learning_rate=.5, label_smoothing=.2, beta=.3, per_device_train_batch_size=3, gradient_accumulation_steps=3)
+    t.train()
+    start, opt = weights(model), torch.optim.SGD(model.parameters(), lr=.5)
+    with torch.no_grad(): rc, rr = by_hand(reference, rows)
+    for _ in range(2):
+        pc, pr = by_hand(model, rows)
+        h = .3 * (pc - rc - pr + rr)
+        loss = (.8 * torch.log1p((-h).exp()) + .2 * torch.log1p(h.exp())).mean()
+        opt.zero_grad(); loss.backward(); opt.step()
+    assert distance(start, weights(model)) > 1e-2
+    assert distance({k: v.double() for k, v in weights(policy).items()}, weights(model)) < 1e-5
+
+
+def test_item23_the_gradient_norm_is_clipped(tmp_path):
+    "SGD, lr 1, norm 1e-3: the weights move by 1e-3 [fails when gradients are scaled after clipping]"
+    policy = tiny(seed=1)
+    before = {k: v.detach().clone() for k, v in policy.named_parameters()}
+    t = dpo_trainer(tmp_path, policy, ref=tiny(seed=2), max_grad_norm=1e-3, learning_rate=1., per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    t.train()
+    moved = math.sqrt(sum(float((p.detach() - before[k]).double().square().sum()) for k, p in policy.named_parameters()))
+    assert .99e-3 < moved <= 1e-3 * (1 + 1e-4) and logged(t, 'grad_norm')[0] > .1
+
+
+@pytest.mark.parametrize('n', [1, 3, 5])
+def test_item24_every_pair_is_used_however_few(n, tmp_path):
+    "1, 3 or 5 pairs in batches of 4: each is seen once an epoch, the policy changes [fails when the last batch is dropped]"
+    t = dpo_trainer(tmp_path, pairs=toy_pairs(n), per_device_train_batch_size=4, max_steps=-1, num_train_epochs=2)
+    before, seen, loss = weights(t.model), [], t.compute_loss
+    t.compute_loss = lambda model, inputs, *a, **kw: (seen.extend(ids[m].tolist() for ids, m in zip(inputs['chosen_ids'], inputs['chosen_mask'])), loss(model, inputs, *a, **kw))[1]
+    t.train()
+    assert sorted(seen) == sorted(2 * [r['chosen_ids'] for r in encoded(toy_pairs(n))]) and t.state.global_step == 2 * math.ceil(n / 4)
+    assert distance(before, weights(t.model)) > 1e-4
+
+
+def test_item25_the_learning_rate_follows_the_updates(tmp_path):
+    "Linear schedule, 4 steps of 2 micro-batches: 0 is reached after the last [fails when micro-batches are counted]"
+    rates = []
+    note = type('Rates', (TrainerCallback,), {'on_pre_optimizer_step': lambda self, args, state, control, optimizer=None, **kw: rates.append(optimizer.param_groups[0]['lr'])})()
+    t = dpo_trainer(tmp_path, lr_scheduler_type='linear', learning_rate=.04, per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=4, trainer=dict(callbacks=[note]))
+    t.train()
+    assert rates == pytest.approx([.04, .03, .02, .01]) and set(t.lr_scheduler.get_last_lr()) == {0}
+
+
+# ---- parity with TRL
+
+@pytest.fixture(scope='module')
+def trl_runs(tmp_path_factory):
+    "Three SGD steps on all 8 pairs by TRL's trainer, by loss and number of micro-batches"
+    from trl import DPOConfig as TRLConfig, DPOTrainer as TRLTrainer
+    from mpo_nb.logprobs import seeded
+    from mpo_nb.reward import quiet, trainer_defaults
+    runs = {}
+    def run(loss_type, steps=1):
+        if (loss_type, steps) not in runs:
+            args = TRLConfig(**trainer_defaults(output_dir=str(tmp_path_factory.mktemp('trl')), max_steps=3, per_device_train_batch_size=8 // steps, gradient_accumulation_steps=steps, learning_rate=.2,
+                                                lr_scheduler_type='constant', optim='sgd', max_grad_norm=0., logging_steps=1, label_smoothing=.1 if loss_type == 'robust' else 0., loss_type=[loss_type],
+                                                beta=.2, max_length=None))
+            with quiet(), seeded(0):
+                t = TRLTrainer(tiny('llama', seed=1), tiny('llama', seed=2), args, train_dataset=toy_pairs(), processing_class=toy_tokenizer())
+                t.train()
+            runs[loss_type, steps] = t
+        return runs[loss_type, steps]
+    return run
+
+@pytest.mark.parametrize('share', [True, False])
+@pytest.mark.parametrize('loss_type', ['sigmoid', 'ipo', 'hinge', 'robust'])
+def test_parity_with_trl(loss_type, share, trl_runs, tmp_path):
+    "Loss, rewards, margins, log-probs and weights of three steps in fp32 [fails when beta, the mean of IPO or the robust formula differ]"
+    theirs = trl_runs(loss_type)
+    ours = dpo_trainer(tmp_path, tiny('llama', seed=1), tiny('llama', seed=2), max_steps=3, learning_rate=.2, beta=.2, loss_type=loss_type, label_smoothing=.1 if loss_type == 'robust' else 0., share_prefix=share)
+    ours.train()
+    assert distance(weights(tiny('llama', seed=1)), weights(theirs.model)) > 1e-2
+    assert distance(weights(ours.model), weights(theirs.model)) < 2e-5
+    assert logged(ours, 'loss') == pytest.approx(logged(theirs, 'loss'), rel=1e-4)
+    for key in ('rewards/chosen', 'rewards/rejected', 'rewards/margins', 'rewards/accuracies', 'logps/chosen', 'logps/rejected'):
+        assert logged(ours, key) == pytest.approx(logged(theirs, key), abs=1e-3, rel=1e-3), key
+
+
+@pytest.mark.parametrize('steps', [2, 4])
+def test_item43_trl_accumulates_alike(steps, trl_runs, tmp_path):
+    "TRL's trainer in 2 or 4 micro-batches ends where ours does in one [fails when our loss is the mean of the micro-batch and is summed]"
+    ours = dpo_trainer(tmp_path, tiny('llama', seed=1), tiny('llama', seed=2), max_steps=3, learning_rate=.2, beta=.2, per_device_train_batch_size=8 // steps, gradient_accumulation_steps=steps)
+    ours.train()
+    theirs = trl_runs('sigmoid', steps)
+    assert distance(weights(ours.model), weights(theirs.model)) < 2e-5 and logged(ours, 'loss') == pytest.approx(logged(theirs, 'loss'), abs=1e-4)
+
+
+# ---- the reference
+
+def test_item44_the_reference_is_computed_before_training(tmp_path):
+    "Kept log-probs are those of the model at the start, for training and evaluation data, also after ten steps and with dropout configured [fails when they are computed in train mode, or when asked for]"
+    policy = tiny('gpt2', dropout=.1).train()
+    initial, test = copy.deepcopy(policy).eval(), toy_pairs(5, seed=7)
+    t = dpo_trainer(tmp_path, policy, max_steps=10, learning_rate=.5, trainer=dict(eval_dataset=test))
+    t.train()
+    for ds, pairs in ((t.train_dataset, toy_pairs()), (t.eval_dataset, test)):
+        with torch.no_grad(): chosen, rejected = by_hand(initial, encoded(pairs))
+        assert ds['ref_chosen'] == pytest.approx(chosen.tolist(), abs=5e-5) and ds['ref_rejected'] == pytest.approx(rejected.tolist(), abs=5e-5)
+    with torch.no_grad(): (pc, pr), (rc, rr) = by_hand(policy.eval(), encoded(test)), by_hand(initial, encoded(test))
+    margin = .1 * (pc - rc - pr + rr)
+    assert margin.abs().max() > .05
+    assert t.evaluate()['eval_loss'] == pytest.approx(-torch.nn.functional.logsigmoid(margin).mean().item(), abs=1e-5)
+
+
+def test_item44_data_that_come_after_training_are_refused_or_right(tmp_path):
+    "A new evaluation set after training: the initial reference or a clear error, never the trained policy as reference [fails while the error is a KeyError of the collator]"
+    t = dpo_trainer(tmp_path, max_steps=3, learning_rate=.5)
+    initial, test = tiny(), toy_pairs(5, seed=7)
+    t.train()
+    try: loss = t.evaluate(test)['eval_loss']
+    except UserError: return
+    with torch.no_grad(): (pc, pr), (rc, rr) = by_hand(t.model.eval(), encoded(test)), by_hand(initial, encoded(test))
+    assert loss == pytest.approx(-torch.nn.functional.logsigmoid(.1 * (pc - rc - pr + rr)).mean().item(), abs=1e-5)
+
+
+def test_item31_another_reference_is_really_used(tmp_path):
+    "A reference with negated output layer: its log-probs by hand, and a first loss that isn't ln 2 [fails when the policy stands in for the reference]"
+    policy, ref = tiny('qwen2'), tiny('qwen2', tie_word_embeddings=False)
+    ref.get_output_embeddings().weight.data.neg_()
+    t = dpo_trainer(tmp_path, policy, ref)
+    with torch.no_grad(): chosen, rejected = by_hand(ref, encoded())
+    assert t.train_dataset['ref_chosen'] == pytest.approx(chosen.tolist(), abs=5e-5) and t.train_dataset['ref_rejected'] == pytest.approx(rejected.tolist(), abs=5e-5)
+    t.train()
+    assert abs(logged(t, 'loss')[0] - math.log(2)) > .01
+
+
+def test_item34_the_reference_is_only_read(tmp_path):
+    "Handed over in train mode with dropout: evaluated without, mode and bytes as they were, not in the optimizer; the policy itself is refused [fails when the reference pass doesn't use `inference`]"
+    policy, ref = tiny('gpt2'), tiny('gpt2', seed=2, dropout=.3).train()
+    before, expected = fingerprint(ref), by_hand(copy.deepcopy(ref).eval(), encoded())[0]
+    t = dpo_trainer(tmp_path, policy, ref, max_steps=3)
+    start = fingerprint(policy)
+    t.train()
+    assert fingerprint(ref) == before and ref.training and all(p.grad is None for p in ref.parameters())
+    assert t.train_dataset['ref_chosen'] == pytest.approx(expected.tolist(), abs=5e-5)
+    assert fingerprint(policy) != start
+    assert {id(p) for g in t.optimizer.param_groups for p in g['params']} == {id(p) for p in policy.parameters()}
+    with pytest.raises(UserError, match='ref_model'): dpo_trainer(tmp_path, policy, policy)
+
+
+def test_item34_a_reference_that_shares_weights_is_a_snapshot(tmp_path):
+    "Its log-probs are read before the first step, so it can't move with the policy [fails when the reference is read in `compute_loss`]"
+    policy = tiny(tie_word_embeddings=False)
+    ref, snapshot = copy.copy(policy), copy.deepcopy(policy)
+    t = dpo_trainer(tmp_path, policy, ref, max_steps=3, learning_rate=.5)
+    t.train()
+    with torch.no_grad(): (pc, pr), (rc, rr) = by_hand(policy.eval(), encoded()), by_hand(snapshot, encoded())
+    assert distance(weights(policy), weights(snapshot)) > 1e-2
+    assert t.train_dataset['ref_chosen'] == pytest.approx(rc.tolist(), abs=5e-5)
+
+
+# ---- seeds, graphs, checkpoints
+
+def rng_state(): return random.getstate(), [str(x) for x in np.random.get_state()], torch.get_rng_state().tolist()
+
+def test_item27_runs_depend_on_their_seed_alone(tmp_path):
+    "Same seed, same run, whatever the global generators say; another seed, another order; building a trainer leaves them as they were [fails while the order of the data comes from the global seed]"
+    logs = []
+    for seed, world in ((1, 10), (1, 11), (2, 10)):
+        torch.manual_seed(world), np.random.seed(world), random.seed(world)
+        before = rng_state()
+        t = dpo_trainer(tmp_path, tiny(seed=1), ref=tiny(seed=2), per_device_train_batch_size=2, max_steps=4, seed=seed)
+        assert rng_state() == before
+        t.train()
+        logs.append(logged(t))
+    assert logs[0] == logs[1]
+    assert logs[0] != logs[2]
+
+
+def test_item29_logs_are_floats_and_hold_no_graph(tmp_path):
+    "[fails when metrics are kept as tensors]"
+    t = dpo_trainer(tmp_path, max_steps=3, logging_steps=100, trainer=dict(eval_dataset=toy_pairs()))
+    t.train()
+    assert all(type(v) is float for vs in t.metrics_seen.seen['train'].values() for v in vs)
+    t.evaluate()
+    assert all(type(v) in (int, float) for l in t.state.log_history for v in l.values())
+
+
+def little_run(folder, resume=None):
+    "Six steps in two shuffled epochs, with a checkpoint after each"
+    t = dpo_trainer(folder, tiny(seed=1), ref=tiny(seed=2), per_device_train_batch_size=3, max_steps=6, optim='adamw_torch', learning_rate=1e-2, lr_scheduler_type='linear', max_grad_norm=1., save_strategy='steps', save_steps=1, seed=5, trainer=dict(callbacks=[AtTheEnd()]))
+    t.train(resume_from_checkpoint=resume and str(resume))
+    return t
+
+@pytest.fixture(scope='module')
+def straight(tmp_path_factory):
+    "A run that was never stopped: (folder, its final state, trainer)"
+    folder = tmp_path_factory.mktemp('straight')
+    torch.manual_seed(1), np.random.seed(1), random.seed(1)
+    t = little_run(folder)
+    return folder, end_state(t), t
+
+@pytest.mark.parametrize('step', [1, 3, 4])
+def test_item26_resume_is_bitwise(step, straight, tmp_path):
+    "In the first epoch, between two, in the second: weights, Adam, scheduler, random states, logs [fails when the reference is that of the resumed policy]"
+    folder, end, _ = straight
+    assert end_state(little_run(tmp_path, folder/f'checkpoint-{step}')) == end
+
+
+def test_item26_resume_is_bitwise_in_a_new_process(straight, tmp_path):
+    "Another process with other random states, in the middle of the first epoch [fails while the order of the data comes from the global seed]"
+    folder, end, _ = straight
+    code = ('import conftest, json, sys, torch; torch.set_num_threads(1); torch.manual_seed(99); from test_dpo import little_run, end_state;'
+            'print(json.dumps(end_state(little_run(sys.argv[1], sys.argv[2]))))')
+    p = subprocess.run([sys.executable, '-c', code, str(tmp_path), str(folder/'checkpoint-2')], cwd=Path(__file__).parent, env=os.environ, capture_output=True, text=True, timeout=120)
+    assert p.returncode == 0, p.stderr[-2000:]
+    assert json.loads(p.stdout.splitlines()[-1]) == json.loads(json.dumps(end))
+
+
+def test_item26_a_checkpoint_is_a_policy(straight):
+    "`from_pretrained` finds every weight and no other [fails when a wrapper is saved]"
+    folder, _, t = straight
+    model, info = AutoModelForCausalLM.from_pretrained(folder/'checkpoint-6', output_loading_info=True)
+    assert not info['missing_keys'] and not info['unexpected_keys'] and not info['mismatched_keys']
+    assert distance(weights(model), weights(t.model)) == 0

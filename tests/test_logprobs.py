@@ -1,0 +1,334 @@
+"""Tokens, masks, log-probs, sampling, KL estimates: reported defects of other implementations (numbered as in the project's list of known defects) that ours must not have.
+
+Each docstring says in brackets which mutation of the code makes the test fail."""
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from transformers import GenerationConfig
+
+from mpo_nb import logprobs as L
+from mpo_nb.data import UserError
+from mpo_nb.logprobs import (check_sampling, collate, completion_logprobs, decode_completion, encode_completion, encode_prompt, inference, kl_k1, kl_k2, kl_k3,
+                             masked_mean, masked_sum, sample, seeded, sequence_logprobs)
+from util import KINDS, TableLM, bpe, pad_is_eos, row_logps, steer, tiny, toy_prompts
+
+pytestmark = pytest.mark.usefixtures('one_thread', 'own_random_state')
+
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15], [16], [17, 18, 19, 20]]
+ANSWERS = [[21, 22, 23, 1], [24, 1], [25, 26, 27, 28, 29, 30], [1]]
+
+
+# ---- positions, masks, padding
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_item03_left_padding_needs_position_ids(kind):
+    "One row alone equals the same row left-padded by 1 to 5 beside a partner [fails on gpt2 when `completion_logits` leaves `position_ids` out]"
+    model = tiny(kind)
+    prompt, answer = PROMPTS[0], ANSWERS[0]
+    with torch.no_grad():
+        alone = row_logps(model, prompt, answer)
+        for pads in range(6):
+            batch = collate([prompt, list(range(30, 33 + pads))], [answer, [40, 41, 42, 43, 44]], pad_id=0)
+            assert (batch.attention_mask[0] == 0).sum() == pads + 1
+            torch.testing.assert_close(completion_logprobs(model, batch)[0, :4], alone, atol=1e-5, rtol=0)
+
+
+def test_item04_each_logprob_is_read_at_its_own_place():
+    "A model that encodes (position, token): token t is predicted at P-1+t, and nowhere else flows a gradient [fails when the logits are cut one place later]"
+    model, (prompt, answer) = TableLM(), ([1, 2, 3], [4, 5, 6, 7])
+    batch = collate([prompt, [8, 9]], [answer, [1, 2]], pad_id=0)
+    logps = completion_logprobs(model, batch)
+    inputs = prompt + answer
+    for t, token in enumerate(answer):
+        assert torch.equal(logps[0, t], model.table[2 + t, inputs[2 + t]].log_softmax(-1)[token])
+    assert batch.mask.sum(1).tolist() == [4, 2]
+    logps.sum().backward()
+    read = model.logits.grad.abs().sum(-1) > 0
+    assert read.int().tolist() == [[0, 0, 1, 1, 1, 1, 0], [0, 0, 1, 1, 0, 0, 0]]
+
+
+def test_item05_padding_of_unfinished_rows_is_masked():
+    "A row without EOS, shorter than its batch: the mask has its length [fails when the mask is taken from an EOS search]"
+    rows = [[5, 6], [5, 6, 7, 8, 9], [5, 1, 6], [1]]
+    batch = collate([[2]] * 4, rows, pad_id=0)
+    assert batch.mask.sum(1).tolist() == batch.attention_mask[:, 1:].sum(1).tolist() == [2, 5, 3, 1]
+    assert batch.mask.dtype == torch.bool and not batch.mask[0, 2:].any()
+    assert [r[m].tolist() for r, m in zip(batch.completion_ids, batch.mask)] == rows
+    logps = completion_logprobs(tiny(), batch)
+    assert (logps[~batch.mask] == 0).all() and (logps[batch.mask] < 0).all()
+
+
+def test_item06_eos_is_trained_when_it_is_also_the_pad_token():
+    "pad == EOS: the EOS is attended and has a gradient, the pads behind it neither [fails when the mask is `ids != pad_id`]"
+    model, eos = TableLM(), 1
+    batch = collate([[2, 3], [4]], [[5, eos], [6, 7, 8, eos]], pad_id=eos)
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1]]
+    completion_logprobs(model, batch).sum().backward()
+    assert model.logits.grad[0, 2, eos].abs() > 1e-3            # place 2 holds the 5 that predicts EOS
+    assert model.logits.grad[0, 3:].abs().max() == 0
+
+
+@pytest.mark.parametrize('pad', [0, 1, 77])
+def test_padding_invariance_of_sums(pad):
+    "Batch size, partners, order and pad id change no log-prob (5e-6) [fails when the mask is left out of `gather_logprobs`]"
+    model = tiny('gpt2')
+    expected = [row_logps(model, p, c).sum().item() for p, c in zip(PROMPTS, ANSWERS)]
+    for size in (1, 2, 4):
+        assert sequence_logprobs(model, pad, PROMPTS, ANSWERS, batch_size=size) == pytest.approx(expected, abs=5e-5)
+        assert sequence_logprobs(model, pad, PROMPTS[::-1], ANSWERS[::-1], batch_size=size) == pytest.approx(expected[::-1], abs=5e-5)
+
+
+@pytest.mark.parametrize('poison', [1e6, float('nan'), float('inf')])
+def test_poisoned_positions_change_no_masked_sum(poison):
+    "What stands at masked places reaches neither sum nor mean nor gradient [fails when the mask is multiplied in]"
+    mask = torch.tensor([[True, True, False], [False, False, False]])
+    x = torch.tensor([[1., 2., poison], [poison] * 3], requires_grad=True)
+    assert masked_sum(x, mask) == 3 and masked_mean(x, mask) == 1.5
+    assert masked_sum(x, mask, 1).tolist() == [3, 0] and masked_mean(x, mask, 1).tolist() == [1.5, 0]
+    masked_mean(x, mask).backward()
+    assert x.grad.tolist() == [[.5, .5, 0], [0, 0, 0]]
+
+
+# ---- temperature and the sampling distribution
+
+def test_item07_temperature_divides_the_logits():
+    "T = 0.7: log-probs are those of softmax(logits / T) [fails when `temperature` isn't passed on to `gather_logprobs`]"
+    model = tiny('neox')
+    expected = [row_logps(model, p, c, .7).sum().item() for p, c in zip(PROMPTS, ANSWERS)]
+    assert sequence_logprobs(model, 0, PROMPTS, ANSWERS, temperature=.7) == pytest.approx(expected, abs=5e-5)
+    assert abs(expected[0] - row_logps(model, PROMPTS[0], ANSWERS[0]).sum().item()) > .1
+
+
+def test_item07_temperature_zero_is_refused(tok):
+    "[fails when the check in `sample` is left out: generate's own ValueError is no UserError]"
+    for t in (0, 1e-9, -1): pytest.raises(UserError, sample, tiny(), tok, toy_prompts(1), 3, temperature=t)
+    assert len(sample(tiny(), tok, toy_prompts(1), 3, temperature=0, greedy=True)) == 1
+
+
+LEAKY = dict(top_k=5, repetition_penalty=1.5, min_p=.5, temperature=.3, no_repeat_ngram_size=1, suppress_tokens=[7])
+
+def test_item08_the_models_generation_config_is_ignored(tok, monkeypatch):
+    "The scores that are sampled from are logits / T, whatever the model's own settings; those are put back [fails when `_plain_generation` does nothing]"
+    model = tiny('gpt2')
+    model.generation_config = own = GenerationConfig(do_sample=True, **LEAKY)
+    generate, outputs = model.generate, []
+    def spy(*a, **kw):
+        outputs.append(generate(*a, **kw, output_scores=True, output_logits=True, return_dict_in_generate=True))
+        return outputs[-1].sequences
+    monkeypatch.setattr(model, 'generate', spy)
+    sample(model, tok, toy_prompts(5), 6, temperature=.8, batch_size=3)
+    steps = [(s, l) for o in outputs for s, l in zip(o.scores, o.logits)]
+    assert len(outputs) == 2 and len(steps) >= 6
+    for scores, logits in steps:
+        torch.testing.assert_close(scores, logits / .8, atol=1e-5, rtol=1e-5)
+        assert scores.isfinite().all()
+    assert model.generation_config is own and own.top_k == 5
+
+
+def test_item08_samples_follow_the_models_distribution(tok):
+    "3,000 sampled first tokens against softmax(logits / T): chi-squared [fails when `_generation_config` leaves `top_k` to its default of 50]"
+    model, (prompt,) = tiny('gpt2'), toy_prompts(1)
+    model.generation_config = GenerationConfig(do_sample=True, **LEAKY)
+    drawn = [c[0] for c in sample(model, tok, [prompt] * 3000, 1, temperature=1.3, batch_size=1000).completion_ids]
+    with torch.no_grad(): p = (model(torch.tensor([encode_prompt(tok, prompt)])).logits[0, -1] / 1.3).softmax(-1).double().numpy()
+    order = np.argsort(p)
+    bins = np.array_split(order, 20)                                      # rare tokens together
+    observed, expected = [np.isin(drawn, b).sum() for b in bins], [p[b].sum() * 3000 for b in bins]
+    assert stats.chisquare(observed, np.array(expected) * 3000 / np.sum(expected)).pvalue > 1e-4
+
+
+def test_item08_the_check_on_the_first_rollout_sees_a_leak(tok, monkeypatch):
+    "[fails when `check_sampling` compares with the processed scores]"
+    check_sampling(tiny(), tok, toy_prompts(1)[0], temperature=.7)
+    for leak in (dict(top_k=5), dict(repetition_penalty=1.5), dict(min_p=.5), dict(temperature=.5)):
+        monkeypatch.setattr(L, '_generation_config', lambda *a, **kw: GenerationConfig(**dict(do_sample=True, max_new_tokens=3, top_k=0, eos_token_id=1, pad_token_id=0) | leak))
+        with pytest.raises(RuntimeError): check_sampling(tiny(), tok, toy_prompts(1)[0], temperature=.7)
+
+
+@pytest.mark.parametrize('kind', ['gpt2', 'llama'])
+@pytest.mark.parametrize('pad_eos', [False, True])
+def test_item09_batched_generation_equals_single(kind, pad_eos, tok):
+    "Greedy: 5 prompts of unequal length in batches of 5, 2 and 1 give the same ids, in order, nothing behind EOS [fails on gpt2 when prompts are padded on the right]"
+    tok = pad_is_eos(tok) if pad_eos else tok
+    model, prompts = tiny(kind, seed=4), toy_prompts(5, seed=1)
+    steer(model, tok.eos_token_id, by={'gpt2': 2.2, 'llama': 3.5}[kind])
+    runs = [sample(model, tok, prompts, 7, greedy=True, batch_size=b) for b in (1, 2, 5)]
+    ids = runs[0].completion_ids
+    assert len(set(map(len, ids))) > 1 and any(runs[0].ended)             # else the test shows nothing
+    for r in runs:
+        assert r.completion_ids == ids and r.prompts == prompts and r.prompt_ids == [encode_prompt(tok, p) for p in prompts]
+        assert r.ended == [tok.eos_token_id in c for c in ids]
+        assert all(tok.eos_token_id not in c[:-1] for c in r.completion_ids)
+
+
+def test_item09_logprobs_of_samples_equal_single_rows(tok):
+    "Samples of several chunks and widths, scored in other chunks, have the log-probs of each row alone [fails when `sample` returns the rows in sorted order]"
+    model, prompts = tiny('gpt2'), toy_prompts(7)
+    steer(model, tok.eos_token_id, by=3)
+    s = sample(model, tok, prompts, 7, batch_size=3)
+    assert len(s) == 7 and len(set(map(len, s.completion_ids))) > 2
+    expected = [row_logps(model, encode_prompt(tok, p), c).sum().item() for p, c in zip(prompts, s.completion_ids)]
+    assert sequence_logprobs(model, 0, s.prompt_ids, s.completion_ids, batch_size=2) == pytest.approx(expected, abs=5e-5)
+
+
+def test_item13_log_softmax_is_computed_in_fp32():
+    "bf16 weights: the log-probs are fp32 and those of the bf16 logits to 1e-5 [fails when `completion_logits` leaves out `.float()`]"
+    model = tiny('llama').bfloat16()
+    batch = collate(PROMPTS[:1], ANSWERS[:1], pad_id=0)
+    with torch.no_grad():
+        logits = model(torch.tensor([PROMPTS[0] + ANSWERS[0]])).logits[0, 2:6].double()
+        logps = completion_logprobs(model, batch)
+    assert logps.dtype == torch.float32
+    torch.testing.assert_close(logps[0].double(), logits.log_softmax(-1)[range(4), ANSWERS[0]], atol=1e-5, rtol=0)
+
+
+# ---- stopping
+
+@pytest.mark.parametrize('pad_eos', [False, True])
+def test_item16_generation_stops_at_eos(pad_eos, tok):
+    "A model that says EOS at step 3 is called 3 times, though its own settings know no EOS [fails when no config names `eos_token_id`]"
+    tok, model = pad_is_eos(tok) if pad_eos else tok, tiny()
+    model.generation_config = GenerationConfig()
+    model.config.eos_token_id = None
+    steer(model, tok.eos_token_id, by=-1e4)
+    calls = steer(model, tok.eos_token_id, by=1e5, at=3)
+    s = sample(model, tok, toy_prompts(1), 20)
+    assert len(calls) == 3 and s.ended == [True] and len(s.completion_ids[0]) == 3
+
+
+def test_item17_a_cut_completion_is_exactly_what_was_sampled(tok):
+    "Length-limited: no EOS is added, the flag says so [fails when `_generate` ends every row with EOS]"
+    model = tiny()
+    steer(model, tok.eos_token_id, by=-1e4)
+    s = sample(model, tok, toy_prompts(3), 4)
+    assert s.ended == [False] * 3 and all(len(c) == 4 and tok.eos_token_id not in c for c in s.completion_ids)
+    assert s.completions == [decode_completion(tok, p, c) for p, c in zip(s.prompt_ids, s.completion_ids)]
+
+
+def test_item20_eos_or_pad_as_first_token(tok):
+    "First token EOS: a completion of one token, empty text; first token the pad token: an ordinary token [fails when rows are cut at the first pad]"
+    model = tiny()
+    steer(model, tok.eos_token_id, by=1e5)
+    s = sample(model, tok, toy_prompts(2), 5)
+    assert s.completion_ids == [[tok.eos_token_id]] * 2 and s.ended == [True] * 2 and s.completions == ['', '']
+    model = tiny()
+    steer(model, tok.pad_token_id, by=1e5, at=1); steer(model, tok.eos_token_id, by=1e5, at=2)
+    s = sample(model, tok, toy_prompts(2), 5)
+    assert s.completion_ids == [[tok.pad_token_id, tok.eos_token_id]] * 2
+    assert sequence_logprobs(model, tok.pad_token_id, s.prompt_ids, s.completion_ids).shape == (2,)
+
+
+# ---- KL estimates
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_item11_k3_stays_finite(dtype):
+    "Log-ratios of -100, 0, 100: value and gradient finite, never negative, 0 at 0 [fails when the cap on the log-ratio is left out]"
+    logps = torch.tensor([-100., 0., 100.], dtype=dtype, requires_grad=True)
+    k3 = kl_k3(logps, torch.zeros(3, dtype=dtype))
+    k3.sum().backward()
+    assert k3.isfinite().all() and logps.grad.isfinite().all() and (k3 >= 0).all() and k3[1] == 0
+    assert kl_k1(logps, 0)[0] == -100 and kl_k2(logps, 0)[0] == 5000
+
+
+def test_item11_estimators_agree_with_the_exact_kl():
+    "Expected k1 and k3 over the vocabulary are the KL itself, to 1e-6 [fails when k3 has policy and reference swapped]"
+    p, q = torch.randn(2, 50, dtype=torch.float64).log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum()
+    assert kl > .1
+    for k in (kl_k1, kl_k3): assert (p.exp() * k(p, q)).sum() == pytest.approx(kl.item(), abs=1e-6)
+
+
+# ---- random state and mode
+
+def rng_state(): return random.getstate(), [str(x) for x in np.random.get_state()], torch.get_rng_state().tolist()
+
+def test_item27_sampling_is_seeded_and_leaves_the_global_generators_alone(tok):
+    "Same seed, same samples, whatever was drawn before; equal prompts in one batch differ [fails when `sample` doesn't use `seeded`]"
+    model, prompts, before = tiny(), toy_prompts(1) * 6, rng_state()
+    first = sample(model, tok, prompts, 6, seed=3).completion_ids
+    assert rng_state() == before
+    torch.rand(3), np.random.rand(3), random.random()
+    assert sample(model, tok, prompts, 6, seed=3).completion_ids == first
+    assert sample(model, tok, prompts, 6, seed=4).completion_ids != first
+    assert len(set(map(tuple, first))) == 6
+    assert len(set(map(tuple, sample(model, tok, prompts, 6, seed=3, batch_size=2).completion_ids))) == 6     # batches don't repeat each other
+
+
+def test_item27_seeded_puts_the_state_back_after_an_error():
+    "[fails when the states are put back without `finally`]"
+    before = rng_state()
+    with pytest.raises(ZeroDivisionError), seeded(2**40 + 1):
+        torch.rand(1), np.random.rand(), random.random()
+        1 / 0
+    assert rng_state() == before
+
+
+def test_item29_log_probs_of_rollouts_carry_no_graph(tok):
+    "Sampling and scoring leave the mode of the model as it was, with dropout off inside [fails when `inference` doesn't call `eval`]"
+    model = tiny('gpt2', dropout=.5).train()
+    expected = sequence_logprobs(copy.deepcopy(model).eval(), 0, PROMPTS, ANSWERS)
+    assert (sequence_logprobs(model, 0, PROMPTS, ANSWERS) == expected).all() and model.training
+    with inference(model): assert not model(torch.tensor([[5]])).logits.requires_grad
+    assert model.training and all(m.training for m in model.modules())
+    greedy = [sample(m, tok, toy_prompts(3), 5, greedy=True).completion_ids for m in (model, copy.deepcopy(model).eval())]
+    assert greedy[0] == greedy[1] and model.training
+
+
+def test_item31_the_reference_samples_from_itself(tok):
+    "A reference with negated output layer says something else than the policy [fails when `sample` keeps the first model that it was given]"
+    policy = tiny('qwen2', tie_word_embeddings=False)
+    ref = copy.deepcopy(policy)
+    ref.get_output_embeddings().weight.data.neg_()
+    a, b, again = (sample(m, tok, toy_prompts(3), 5, greedy=True).completion_ids for m in (policy, ref, policy))
+    assert a == again and all(x != y for x, y in zip(a, b))
+
+
+# ---- text and ids
+
+TEXTS = [('Answer: hello', ' world'), ('Ans', 'wer: hello'), ('hello wor', 'ld, the answer'), ('the answer is ', 'here.'), ('the answer is', ' here.'),
+         ('\n\nAssistant:', ' hello'), ('hello', '\n\nworld'), ('a', 'b'), ('hello world,', 'the')]
+
+@pytest.mark.parametrize('kind', ['gpt2', 'llama', 'closing'])
+def test_item35_tokens_never_merge_across_the_boundary(kind):
+    "Prompts that end in a space or mid-word: the prompt's ids are those of generation, prompt + completion decodes to the text [fails when the completion is encoded alone]"
+    tok = bpe(kind)
+    for prompt, completion in TEXTS:
+        head, ids = encode_prompt(tok, prompt), encode_completion(tok, prompt, completion)
+        assert head == [i for i in tok(prompt)['input_ids'] if i != tok.eos_token_id]
+        assert len(ids) > 1 and ids[-1] == tok.eos_token_id
+        assert tok.decode(head + ids, skip_special_tokens=True) == prompt + completion, (prompt, completion)
+        assert decode_completion(tok, head, ids) == completion
+        assert encode_completion(tok, prompt, completion, eos=False) == ids[:-1]
+
+
+@pytest.mark.parametrize('kind', ['gpt2', 'llama', 'closing'])
+def test_item36_one_eos_at_the_end_one_bos_at_the_start(kind):
+    "Also where the tokenizer closes every text with EOS, or the completion's text already ends in it [fails when the trailing EOS isn't stripped before one is added]"
+    tok = bpe(kind)
+    for prompt, completion in TEXTS + [('hello', ''), ('Answer:', ' hello' + tok.eos_token), ('hello', tok.eos_token * 2)]:
+        ids = encode_prompt(tok, prompt) + encode_completion(tok, prompt, completion)
+        assert None not in ids
+        assert ids.count(tok.eos_token_id) == 1 and ids[-1] == tok.eos_token_id
+        if tok.bos_token_id is not None: assert ids.count(tok.bos_token_id) == 1 and ids[0] == tok.bos_token_id
+
+
+def test_item36_bos_in_the_text_is_not_doubled():
+    "A prompt rendered by a chat template starts with BOS already [fails while `encode_prompt` lets the tokenizer add a second one]"
+    tok = bpe('llama')
+    prompt = '<s>hello world'
+    assert encode_prompt(tok, prompt).count(tok.bos_token_id) == 1
+    ids = encode_prompt(tok, prompt) + encode_completion(tok, prompt, ', the answer')
+    assert ids.count(tok.bos_token_id) == 1 and tok.decode(ids, skip_special_tokens=True) == 'hello world, the answer'
+
+
+def test_item36_empty_prompt_and_missing_tokens_are_named():
+    "[fails when `encode_prompt` returns no ids, or `check_tokenizer` looks at one of the two tokens only]"
+    with pytest.raises(UserError, match='prompt'): encode_prompt(bpe('gpt2'), '')
+    for kind in ('pad', 'eos'):
+        tok = copy.deepcopy(bpe('gpt2'))
+        setattr(tok, f'{kind}_token', None)
+        with pytest.raises(UserError, match=f'{kind}_token'): L.check_tokenizer(tok)

@@ -1,0 +1,686 @@
+"""PPO: reported defects of other implementations (numbered as in the project's list of known defects) that ours must not have.
+
+Each docstring says in brackets which mutation of the code makes the test fail."""
+import copy
+import gc
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from mpo_nb import ppo
+from mpo_nb.data import UserError
+from mpo_nb.logprobs import Samples, collate, encode_prompt, kl_k1, masked_sum, sample
+from mpo_nb.ppo import (ActorCritic, Experience, PPOConfig, checked_scores, entropy, evaluate_samples, gae, make_experience, policy_loss, ppo_losses, rollout_rows,
+                        token_rewards, token_values, value_loss, whiten)
+from mpo_nb.reward import RewardModel, reward_model_from, score_ids
+from util import (KINDS, AtTheEnd, distance, end_state, fingerprint, letters, logged, pad_is_eos, ppo_trainer, row_logps, steer, talker, tiny, toy_prompts, toy_tokenizer, weights)
+
+pytestmark = pytest.mark.usefixtures('one_thread', 'own_random_state')
+
+
+@pytest.fixture
+def updates(monkeypatch):
+    "(outputs, inputs) of every micro-batch of an update"
+    seen, losses = [], ppo.ppo_losses
+    def spy(outputs, mb, *args):
+        seen.append((outputs, mb))
+        return losses(outputs, mb, *args)
+    monkeypatch.setattr(ppo, 'ppo_losses', spy)
+    return seen
+
+def drift(updates):
+    "Largest change of log-prob and of value since the rollout, over all micro-batches"
+    return (max(float((o[0] - mb['old_logprobs']).detach().abs().max()) for o, mb in updates), max(float((o[2] - mb['old_values']).detach().abs().max()) for o, mb in updates))
+
+def lengths_of(n, T): return torch.arange(T)[None] < torch.tensor(n)[:, None]
+
+
+# ---- plain loops in float64, one row and one token at a time
+
+def plain_rewards(score, logps, ref, n, beta):
+    return [-beta * (logps[t] - ref[t]) + (score if t == n - 1 else 0) for t in range(n)]
+
+def plain_gae(r, v, gamma, lam):
+    "The sum that defines it, for each token anew"
+    n = len(r)
+    delta = [r[t] + gamma * (v[t + 1] if t + 1 < n else 0) - v[t] for t in range(n)]
+    return [sum((gamma * lam) ** (k - t) * delta[k] for k in range(t, n)) for t in range(n)]
+
+def plain_policy_loss(new, old, adv, eps):
+    ratio = math.exp(new - old)
+    return -min(ratio * adv, min(max(ratio, 1 - eps), 1 + eps) * adv)
+
+def plain_value_loss(v, old, ret, eps):
+    near = min(max(v, old - eps), old + eps)
+    return max((v - ret) ** 2, (near - ret) ** 2) / 2
+
+@pytest.fixture
+def numbers():
+    "Random float64 tensors [5, 7] and a mask of lengths 7, 1, 4, 3, 6"
+    g = torch.Generator().manual_seed(1)
+    return [torch.randn(5, 7, dtype=torch.float64, generator=g) for _ in range(5)] + [[7, 1, 4, 3, 6]]
+
+
+def test_rewards_and_gae_equal_plain_loops(numbers):
+    "To 1e-10 [fails when lambda isn't multiplied by gamma, or the next value is left out]"
+    logps, ref, values, *_, n = numbers
+    mask, scores = lengths_of(n, 7), torch.arange(5.).double()
+    rewards = token_rewards(scores, logps, ref, mask, kl_coef=.3)
+    for gamma, lam in ((1., .95), (.9, .5), (1., 1.), (.8, 0.)):
+        advantages, returns = gae(rewards, values, mask, gamma, lam)
+        for i, k in enumerate(n):
+            r = plain_rewards(scores[i].item(), logps[i].tolist(), ref[i].tolist(), k, .3)
+            a = plain_gae(r, values[i].tolist()[:k], gamma, lam)
+            assert rewards[i].tolist() == pytest.approx(r + [0] * (7 - k), abs=1e-10)
+            assert advantages[i].tolist() == pytest.approx(a + [0] * (7 - k), abs=1e-10)
+            assert returns[i].tolist() == pytest.approx([x + v for x, v in zip(a, values[i].tolist())] + [0] * (7 - k), abs=1e-10)
+
+
+def test_losses_equal_plain_loops(numbers):
+    "To 1e-10, with every branch of both clips taken [fails when the clipped loss is the smaller of the two]"
+    new, old, adv, ret, values, _ = numbers
+    losses, ratio, clipped = policy_loss(new, old, adv, .2)
+    plain = [plain_policy_loss(*x, .2) for x in zip(new.flatten().tolist(), old.flatten().tolist(), adv.flatten().tolist())]
+    assert losses.flatten().tolist() == pytest.approx(plain, abs=1e-10)
+    outside = ((ratio - 1).abs() > .2) & ((ratio > 1) == (adv > 0))
+    assert (clipped == outside).all() and 0 < clipped.sum() < clipped.numel()
+    plain = [plain_value_loss(*x, .5) for x in zip(values.flatten().tolist(), old.flatten().tolist(), ret.flatten().tolist())]
+    assert value_loss(values, old, ret, .5).flatten().tolist() == pytest.approx(plain, abs=1e-10)
+
+
+def test_clipped_ratio_has_no_gradient():
+    "Outside the clip range in the direction of the advantage nothing is left to gain; in the other direction there is [fails when the loss isn't clipped]"
+    new = torch.tensor([.5, .5, -.5, -.5], requires_grad=True)
+    policy_loss(new, torch.zeros(4), torch.tensor([1., -1., 1., -1.]), .2)[0].sum().backward()
+    assert (new.grad != 0).tolist() == [False, True, True, False]
+
+
+# ---- before the first update
+
+@pytest.mark.parametrize('kind', ['gpt2', 'llama', 'neox'])
+def test_item01_ratio_is_one_with_dropout_configured(kind, updates, tmp_path):
+    "All dropouts .1, train mode: first micro-batch has no drift, nothing clipped [fails when `disable_dropout` isn't called; on llama and neox while it skips the attention's own rate]"
+    t = ppo_trainer(tmp_path, talker(kind, dropout=.1), per_device_train_batch_size=4)
+    t.train()
+    logp, value = drift(updates)
+    assert logp < 1e-5 and value < 1e-5
+    assert logged(t, 'policy/clipfrac') == [0] and logged(t, 'policy/approxkl')[0] < 1e-10 and logged(t, 'objective/kl') == [0]
+
+
+@pytest.mark.parametrize('pad_eos', [False, True])
+def test_item02_null_update_changes_nothing(pad_eos, updates, tmp_path):
+    "lr = 0, other partners and widths in training than in the rollout, 3 epochs: log-ratio stays 0 on absolute positions [fails when `position_ids` are left out]"
+    tok = pad_is_eos(toy_tokenizer()) if pad_eos else toy_tokenizer()
+    t = ppo_trainer(tmp_path, tok=tok, learning_rate=0., num_rollouts=2, num_ppo_epochs=3, num_mini_batches=2, per_device_train_batch_size=2)
+    before = fingerprint(t.model)
+    t.train()
+    assert len(updates) == 2 * 3 * 4 and len({mb['mask'].shape[1] for _, mb in updates}) > 1
+    logp, value = drift(updates)
+    assert logp < 1e-5 and value < 1e-5
+    assert fingerprint(t.model) == before
+    assert logged(t, 'objective/kl') == pytest.approx([0, 0], abs=1e-5)
+    assert logged(t, 'policy/ratio') == pytest.approx([1] * 12, abs=1e-5)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_item03_values_and_scores_ignore_left_padding(kind, tok):
+    "Values and reward of a row alone equal those behind 1 to 5 pads [fails on gpt2 when `token_values` leaves `position_ids` out]"
+    critic, (prompt, answer) = reward_model_from(tiny(kind), tok, seed=2), ([5, 6, 7], [21, 22, 23, 1])
+    with torch.no_grad():
+        hidden = getattr(critic, critic.base_model_prefix)(torch.tensor([prompt + answer])).last_hidden_state[0]
+        values, score = critic.score(hidden[2:6])[:, 0], critic.score(hidden[6]).item()
+        assert values.std() > .01
+        for pads in range(1, 6):
+            batch = collate([prompt, list(range(30, 33 + pads))], [answer, [40, 41, 42, 43, 44]], pad_id=0)
+            torch.testing.assert_close(token_values(critic, batch)[0, :4], values, atol=1e-5, rtol=0)
+            assert score_ids(critic, [prompt + answer, [9] * (7 + pads)], 0)[0] == pytest.approx(score, abs=1e-5)
+
+
+class PlaceCritic(torch.nn.Module):
+    "A fake critic whose value is 100 * position + token of the place where it is read"
+    base_model_prefix = 'trunk'
+    def __init__(self):
+        super().__init__()
+        self.score = lambda hidden: hidden
+    def trunk(self, input_ids, attention_mask, position_ids, use_cache):
+        class Out: last_hidden_state = (100. * position_ids + input_ids)[..., None]
+        return Out
+    trunk.forward = trunk
+
+def test_item04_each_value_is_read_before_its_token():
+    "Value t is read at P-1+t [fails when the hidden states are cut one place later]"
+    batch = collate([[1, 2, 3], [9]], [[4, 5, 6, 7], [8, 1]], pad_id=0)
+    assert token_values(PlaceCritic(), batch).tolist() == [[203, 304, 405, 506], [9, 108, 0, 0]]
+    assert batch.mask.sum(1).tolist() == [4, 2]
+
+
+def test_item05_and_06_masks_of_a_rollout_come_from_lengths(tok):
+    "pad == EOS and unfinished rows: the mask has the sampled lengths [fails when the mask is taken from the ids]"
+    eos = tok.eos_token_id
+    samples = Samples([''] * 3, [''] * 3, [[5], [6, 7], [8]], [[9, eos], [9, 10, 11, 12], [13, 14]], [True, False, False])
+    policy = tiny()
+    logps, ref, values, h, mask = evaluate_samples(ActorCritic(policy, reward_model_from(policy, tok)), policy, samples, eos, batch_size=2)
+    assert mask.sum(1).tolist() == [2, 4, 2]
+    assert all((x[~mask] == 0).all() and (x[mask] != 0).all() for x in (logps, ref, values, h))
+
+
+@pytest.mark.parametrize('kind', ['gpt2', 'llama'])
+def test_item07_temperature_is_on_every_side(kind, updates, tmp_path):
+    "T = .7: old log-probs are log_softmax(raw / T), the new ones equal them, the reference has the same T [fails when `compute_loss` or the reference pass leaves T out]"
+    policy, ref = talker(kind), talker(kind, seed=5)
+    old, reference = copy.deepcopy(policy), copy.deepcopy(ref)
+    t = ppo_trainer(tmp_path, policy, ref, temperature=.7)
+    t.train()
+    s = t.experience.samples
+    with torch.no_grad():
+        rows = [row_logps(old, p, c, .7) for p, c in zip(s.prompt_ids, s.completion_ids)]
+        refs = [row_logps(reference, p, c, .7) for p, c in zip(s.prompt_ids, s.completion_ids)]
+    for i, r in enumerate(rows): torch.testing.assert_close(t.experience.logprobs[i, :len(r)], r, atol=1e-5, rtol=0)
+    assert drift(updates)[0] < 1e-5
+    assert logged(t, 'objective/kl')[0] == pytest.approx(np.mean([float((a - b).sum()) for a, b in zip(rows, refs)]), abs=1e-4)
+
+
+def test_item07_temperature_zero_is_refused(tmp_path):
+    "[fails while the error is that of `generate`, which isn't a UserError]"
+    with pytest.raises(UserError, match='temperature'): ppo_trainer(tmp_path, temperature=0.).train()
+
+
+def test_item08_the_models_generation_config_is_ignored(tmp_path):
+    "Two policies, one with its own sampling settings, are trained alike, and the settings survive [fails when `_plain_generation` does nothing]"
+    runs = []
+    for own in ({}, dict(top_k=2, repetition_penalty=1.5, min_p=.5, do_sample=True)):
+        policy = talker()
+        for k, v in own.items(): setattr(policy.generation_config, k, v)
+        t = ppo_trainer(tmp_path, policy)
+        t.train()
+        assert all(getattr(t.policy.generation_config, k) == v for k, v in own.items())
+        runs.append(t)
+    assert runs[0].experience.samples.completion_ids == runs[1].experience.samples.completion_ids
+    assert distance(weights(runs[0].model), weights(runs[1].model)) == 0
+
+
+def test_item08_the_first_rollout_is_checked(tmp_path, monkeypatch):
+    "A policy that samples from something else stops the run [fails when `_rollout` doesn't call `check_sampling`]"
+    from mpo_nb import logprobs
+    right = logprobs._generation_config
+    def wrong(*args, **kw):
+        config = right(*args, **kw)
+        config.top_k = 3
+        return config
+    monkeypatch.setattr(logprobs, '_generation_config', wrong)
+    with pytest.raises(RuntimeError): ppo_trainer(tmp_path).train()
+
+
+# ---- what is reported
+
+def handmade(pads=0, junk=0.):
+    "A rollout of two rows, lengths 3 and 2: what `evaluate_samples` returns, with `pads` more columns of `junk`"
+    mask = lengths_of([3, 2], 3 + pads)
+    fill = lambda rows: torch.full(mask.shape, junk).masked_scatter(mask, torch.tensor(rows))
+    samples = Samples(['a', 'b'], ['c', 'd'], [[5], [6]], [[7, 8, 1], [9, 10]], [True, False])
+    return samples, (fill([-1., -2., -3., -4., -5.]), fill([-2., -1., -5., -4., -4.]), fill([.1] * 5), fill([1., 2., 3., 4., 5.]), mask)
+
+@pytest.mark.parametrize('pads, junk', [(0, 0.), (50, 0.), (50, 1e6), (50, float('nan'))])
+def test_item10_reported_numbers_by_hand(pads, junk, monkeypatch, tmp_path):
+    "KL, score, RLHF reward, entropy, length of two rows, with poisoned pad columns [fails when the KL is the mean over all columns]"
+    samples, seen = handmade(pads, junk)
+    t = ppo_trainer(tmp_path, kl_coef=.5, missing_eos_penalty=2., reward=lambda p, c: [1., 4.])
+    monkeypatch.setattr(ppo, 'sample', lambda *a, **kw: samples)
+    monkeypatch.setattr(ppo, 'evaluate_samples', lambda *a, **kw: seen)
+    stats = t._sample_and_score(['a', 'b'], 0)[-1]
+    # KL: row 0: 1 - 1 + 2 = 2, row 1: 0 - 1 = -1; scores 1 and 4 - 2
+    assert stats == pytest.approx({'objective/kl': .5, 'objective/score': 1.5, 'objective/rlhf_reward': 1.25, 'objective/entropy': 3., 'rollout/length': 2.5, 'rollout/eos_rate': .5})
+
+
+@pytest.mark.parametrize('pads, junk', [(0, 0.), (50, 0.), (50, 1e3), (50, float('nan'))])
+def test_item10_sums_of_a_micro_batch_by_hand(pads, junk):
+    "Policy loss, value loss, ratio, clip fraction, KL, entropy: sums over real tokens only [fails when one sum isn't masked]"
+    mask = lengths_of([2, 1], 2 + pads)
+    fill = lambda rows: torch.full(mask.shape, junk).masked_scatter(mask, torch.tensor(rows))
+    half = math.log(1.5)
+    mb = dict(mask=mask, old_logprobs=fill([0., -half, 0.]), advantages=fill([1., 1., 2.]), old_values=fill([0., 0., 1.]), returns=fill([1., 1., 1.]))
+    sums = ppo_losses((fill([0., 0., -half]), fill([1., 2., 3.]), fill([.1, .5, 1.])), mb, .2, .2)
+    # ratios 1, 1.5, 1/1.5; the second is clipped to 1.2. Values: .9²/2, max(.5², .8²)/2, 0
+    assert {k: v.item() for k, v in sums.items()} == pytest.approx({
+        'loss/policy': -1 - 1.2 - 2 / 1.5, 'loss/value': (.81 + .64) / 2, 'policy/ratio': 2.5 + 1 / 1.5, 'policy/clipfrac': 1.,
+        'policy/approxkl': half ** 2, 'policy/entropy': 6., 'val/clipfrac': 1.}, abs=1e-6)
+
+
+def test_item10_entropy_is_exact_and_never_negative():
+    "[fails when padding isn't masked or the sign is lost]"
+    logits, mask = torch.randn(2, 3, 40) * 5, lengths_of([3, 1], 3)
+    p = logits.double().softmax(-1)
+    expected = -(p * p.log()).sum(-1) * mask
+    torch.testing.assert_close(entropy(logits, mask).double(), expected, atol=1e-5, rtol=0)
+    assert (entropy(logits, mask) >= 0).all() and (entropy(logits, mask)[1, 1:] == 0).all()
+
+
+# ---- rewards and advantages
+
+def test_item14_the_score_is_on_the_last_real_token():
+    "Not on the first pad; with lambda = .5 the advantages are .25, .5, 1 [fails when the score is put one place later]"
+    mask, zero = lengths_of([3, 5], 5), torch.zeros(2, 5)
+    rewards = token_rewards(torch.tensor([1., 1.]), zero, zero, mask, .1)
+    assert rewards.tolist() == [[0, 0, 1, 0, 0], [0, 0, 0, 0, 1]]
+    assert gae(rewards, zero, mask, 1., .5)[0].tolist() == [[.25, .5, 1, 0, 0], [.0625, .125, .25, .5, 1]]
+
+
+@pytest.mark.parametrize('pad_eos', [False, True])
+def test_item15_the_penalty_is_taken_once_where_eos_is_missing(pad_eos, tok):
+    "No end: score - p once, also when the prompt holds an EOS; an end costs nothing, pad == EOS or not [fails when EOS is looked for in prompt + completion]"
+    tok = pad_is_eos(tok) if pad_eos else tok
+    for by, penalty in ((-1e4, 2.5), (1e4, 0.)):
+        model, prompts = tiny(), toy_prompts(2) + [tok.eos_token + toy_prompts(1)[0]]
+        steer(model, tok.eos_token_id, by)
+        s = sample(model, tok, prompts, 3)
+        assert tok.eos_token_id in s.prompt_ids[2]
+        assert checked_scores(lambda p, c: [1., 2., 3.], s, 2.5).tolist() == [1 - penalty, 2 - penalty, 3 - penalty]
+
+
+def test_item15_the_penalty_reaches_the_reward_once(tmp_path):
+    "One row that ends, one that doesn't: the undiscounted return of the first token (lambda = 1, V read off) is the score, less the penalty once [fails when `_rollout` passes the raw scores on]"
+    policy = talker(eos=1.)
+    t = ppo_trainer(tmp_path, policy, reward=lambda p, c: [5.] * len(p), missing_eos_penalty=2., lam=1., kl_coef=0., learning_rate=0.)
+    t.train()
+    ended = t.experience.samples.ended
+    assert 0 < sum(ended) < 8
+    assert t.experience.returns[:, 0].tolist() == pytest.approx([5. if e else 3. for e in ended], abs=1e-5)
+    assert logged(t, 'objective/score') == [pytest.approx(np.mean([5 if e else 3 for e in ended]))]
+
+
+def test_item17_only_sampled_tokens_are_trained(updates, tmp_path, monkeypatch):
+    "Ids and mask of the update are the sampled ids; the EOS that the reward model sees isn't in them [fails when a micro-batch ends every row with EOS]"
+    drawn, draw = [], ppo.sample
+    def spy(*a, **kw):
+        drawn.append(copy.deepcopy(draw(*a, **kw)))
+        return drawn[-1]
+    monkeypatch.setattr(ppo, 'sample', spy)
+    tok, policy = toy_tokenizer(), tiny()
+    reward = RewardModel(reward_model_from(tiny(seed=3), tok), tok)
+    assert reward.encode('\n\nHuman:', ' cats')[-1] == tok.eos_token_id
+    steer(policy, tok.eos_token_id, -1e4)
+    batches = []
+    t = ppo_trainer(tmp_path, policy, reward=reward, max_new_tokens=4, per_device_train_batch_size=3)
+    loss = t.compute_loss
+    monkeypatch.setattr(t, 'compute_loss', lambda model, inputs, *a, **kw: (batches.append(inputs), loss(model, inputs, *a, **kw))[1])
+    t.train()
+    trained = [ids[m].tolist() for b in batches for ids, m in zip(b['completion_ids'], b['mask'])]
+    assert sorted(trained) == sorted(drawn[0].completion_ids) and all(tok.eos_token_id not in r for r in trained)
+    prompts = [ids[:-4][a[:-4].bool()].tolist() for b in batches for ids, a in zip(b['input_ids'], b['attention_mask'])]
+    assert sorted(prompts) == sorted(encode_prompt(tok, p) for p in drawn[0].prompts)
+
+
+def test_item18_nothing_comes_after_the_last_token():
+    "The value after the last token is 0, cut or not [fails when the last value is carried on as the next one]"
+    adv, ret = gae(torch.tensor([[0., 0., 1.]]), torch.tensor([[1., 2., 3.]]), torch.ones(1, 3, dtype=torch.bool), 1., .95)
+    assert adv[0].tolist() == pytest.approx([.145, -.9, -2.], abs=1e-6)
+    assert ret[0].tolist() == pytest.approx([1.145, 1.1, 1.], abs=1e-6)
+
+
+@pytest.mark.parametrize('pads', [0, 1, 50])
+@pytest.mark.parametrize('poison', [1e6, float('nan')])
+def test_item19_nothing_is_read_beyond_the_end(pads, poison, numbers):
+    "Poisoned values, rewards and log-probs at the padding change nothing, and come out as exactly 0 [fails when `gae` doesn't mask its values]"
+    n, T = numbers[-1], 7 + pads
+    mask = lengths_of(n, T)
+    wide = [torch.cat([x, torch.zeros(5, pads, dtype=x.dtype)], 1) for x in numbers[:5]]
+    bad = [x.masked_fill(~mask, poison) for x in wide]
+    def run(logps, ref, values, old, ret):
+        rewards = token_rewards(torch.ones(5).double(), logps, ref, mask, .1)
+        advantages, returns = gae(rewards.masked_fill(~mask, poison) if logps is bad[0] else rewards, values, mask, .9, .8)
+        return rewards, advantages, returns, whiten(advantages.masked_fill(~mask, poison) if logps is bad[0] else advantages, mask), masked_sum(value_loss(values, old, returns), mask)
+    for clean, dirty in zip(run(*wide), run(*bad)):
+        assert torch.equal(clean, dirty)
+        if clean.dim(): assert (dirty[~mask] == 0).all()
+
+
+# ---- whitening
+
+def test_item20_whitening_of_few_tokens_stays_finite():
+    "One token, none, and a masked outlier [fails when the variance is Bessel-corrected, or the mean over no token isn't guarded]"
+    for n in ([1, 0], [0, 0]): assert whiten(torch.tensor([[3., 7.], [9., 9.]]), lengths_of(n, 2)).tolist() == [[0, 0], [0, 0]]
+    w = whiten(torch.tensor([[1., 2., 3., 100.]]).double(), lengths_of([3], 4))[0]
+    assert w[:3].mean().item() == pytest.approx(0, abs=1e-10) and w[:3].std(correction=0).item() == pytest.approx(1, abs=1e-6) and w[3] == 0
+    assert w[:3].tolist() == pytest.approx([-math.sqrt(1.5), 0, math.sqrt(1.5)], abs=1e-6)
+
+
+def test_item20_all_masked_gives_loss_zero():
+    "[fails when a sum isn't masked]"
+    x, mask = torch.full((2, 3), float('nan')), lengths_of([0, 0], 3)
+    sums = ppo_losses((x, x, x), dict(mask=mask, old_logprobs=x, advantages=x, old_values=x, returns=x))
+    assert all(v == 0 for v in sums.values())
+    zero = torch.zeros(2, 3)
+    exp = make_experience(None, torch.ones(2), zero, zero, zero, mask, .1)
+    assert (exp.advantages == 0).all() and (exp.returns == 0).all()
+
+
+@pytest.mark.parametrize('pad_eos', [False, True])
+def test_item20_a_rollout_of_single_eos_tokens_trains(pad_eos, tmp_path):
+    "Every answer is just EOS, and then a rollout of one row: losses, gradients and weights are finite, the rows are kept and scored [fails when the variance is Bessel-corrected]"
+    tok = pad_is_eos(toy_tokenizer()) if pad_eos else toy_tokenizer()
+    for size in (8, 1):
+        policy, scored = tiny(), []
+        steer(policy, tok.eos_token_id, 1e4)
+        t = ppo_trainer(tmp_path, policy, tok=tok, rollout_batch_size=size, reward=lambda p, c: scored.extend(c) or [1.] * len(c))
+        t.train()
+        assert scored == [''] * size and t.experience.mask.sum(1).tolist() == [1] * size
+        assert all(math.isfinite(v) for l in logged(t) for v in l.values())
+        assert all(p.isfinite().all() for p in t.model.parameters())
+
+
+SPLITS = [1, 2, 4, 8, 3]
+
+@pytest.fixture(scope='module')
+def splits(tmp_path_factory):
+    "The same run, 2 epochs of one minibatch, in micro-batches of 1, 2, 4, 8 and 3 + 3 + 2 rows"
+    runs = {}
+    for size in SPLITS:
+        runs[size] = ppo_trainer(tmp_path_factory.mktemp('split'), per_device_train_batch_size=size, num_ppo_epochs=2, learning_rate=.2)
+        runs[size].start = weights(runs[size].model)
+        runs[size].train()
+    return runs
+
+@pytest.mark.parametrize('size', SPLITS)
+def test_item21_advantages_are_whitened_over_the_whole_rollout(size, splits):
+    "The same for every micro-batch size: mean 0, deviation 1 over all real tokens [fails when whitening is done by micro-batch]"
+    e, reference = splits[size].experience, splits[8].experience
+    assert len(set(e.mask.sum(1).tolist())) > 2
+    assert e.advantages[e.mask].mean().item() == pytest.approx(0, abs=1e-5) and e.advantages[e.mask].std(correction=0).item() == pytest.approx(1, abs=1e-5)
+    torch.testing.assert_close(e.advantages, reference.advantages, atol=1e-5, rtol=0)
+
+
+def test_item21_advantages_follow_a_permutation_of_the_rows(numbers):
+    "[fails when anything but the sums over all tokens enters]"
+    logps, ref, values, *_, n = numbers
+    mask, scores, order = lengths_of(n, 7), torch.arange(5.).double(), [3, 1, 4, 0, 2]
+    a = make_experience(None, scores, logps, ref, values, mask, .1)
+    b = make_experience(None, *(x[order] for x in (scores, logps, ref, values, mask)), .1)
+    torch.testing.assert_close(a.advantages[order], b.advantages, atol=1e-12, rtol=0)
+
+
+# ---- optimisation
+
+@pytest.mark.parametrize('size', SPLITS)
+def test_item22_accumulation_gives_the_same_weights(size, splits):
+    "8x1, 4x2, 2x4, 1x8 and 3+3+2 rows of unequal length: same weights, same logs, epochs x minibatches steps [fails when each micro-batch is averaged by its own tokens]"
+    t, reference = splits[size], splits[8]
+    assert distance(reference.start, weights(reference.model)) > 1e-2
+    assert distance(weights(t.model), weights(reference.model)) < 1e-6
+    assert t.state.global_step == 2
+    for a, b in zip(logged(t), logged(reference)): assert a == pytest.approx(b, abs=2e-5)
+
+
+def test_item22_one_update_equals_plain_loops(tmp_path):
+    "Two epochs of SGD on one rollout, row by row without padding, in float64: same weights to 1e-5 [fails when the score is put one place later, or tokens are weighted by row]"
+    policy, ref, tok = talker(seed=1), talker(seed=2), toy_tokenizer()
+    critic = reward_model_from(tiny('gpt2', seed=3), tok, seed=3)
+    model, reference = copy.deepcopy(ActorCritic(policy, critic)).double(), copy.deepcopy(ref).double()
+    t = ppo_trainer(tmp_path, policy, ref, critic, num_ppo_epochs=2, per_device_train_batch_size=3, learning_rate=.1, kl_coef=.3, lam=.9, vf_coef=.5, gamma=.97, cliprange_value=.1)
+    t.train()
+    s, start = t.experience.samples, weights(model)
+    def look():
+        "Log-probs and values of every row"
+        out = []
+        for p, c in zip(s.prompt_ids, s.completion_ids):
+            hidden = model.critic.transformer(torch.tensor([p + c])).last_hidden_state[0]
+            out.append((row_logps(model.policy, p, c), model.critic.score(hidden[len(p) - 1:-1])[:, 0]))
+        return out
+    scores = [x - (not e) for x, e in zip(letters(s.prompts, s.completions), s.ended)]
+    with torch.no_grad():
+        old, refs = look(), [row_logps(reference, p, c) for p, c in zip(s.prompt_ids, s.completion_ids)]
+    advantages = [plain_gae(plain_rewards(sc, l.tolist(), r.tolist(), len(l), .3), v.tolist(), .97, .9) for sc, (l, v), r in zip(scores, old, refs)]
+    flat = np.concatenate(advantages)
+    white = [(np.array(a) - flat.mean()) / flat.std() for a in advantages]
+    opt = torch.optim.SGD(model.parameters(), lr=.1)
+    for _ in range(2):
+        loss = 0.
+        for (l, v), (l0, v0), a, w in zip(look(), old, advantages, white):
+            a, w = torch.tensor(a), torch.tensor(w)
+            ratio, near = (l - l0).exp(), v0 + (v - v0).clamp(-.1, .1)
+            loss = loss - torch.minimum(ratio * w, ratio.clamp(.8, 1.2) * w).sum()
+            loss = loss + .5 * torch.maximum((v - a - v0) ** 2, (near - a - v0) ** 2).sum() / 2
+        opt.zero_grad(); (loss / len(flat)).backward(); opt.step()
+    assert distance(start, weights(model)) > 1e-2
+    assert distance({k: v.double() for k, v in weights(t.model).items()}, weights(model)) < 1e-5
+
+
+class Rates(TrainerCallback):
+    "Notes the learning rate of every optimizer step"
+    def __init__(self): self.seen = []
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kw): self.seen.append(optimizer.param_groups[0]['lr'])
+
+
+def test_item23_the_gradient_norm_is_clipped(tmp_path):
+    "SGD, lr 1, norm 1e-3: the weights of policy and critic together move by 1e-3; None and 0 mean off; the norm before clipping is logged [fails when `max_grad_norm` is set to 0]"
+    moved = {}
+    for norm in (1e-3, None, 0.):
+        t = ppo_trainer(tmp_path, max_grad_norm=norm, learning_rate=1.)
+        before = weights(t.model)
+        t.train()
+        moved[norm] = math.sqrt(sum(float((v - before[k]).double().square().sum()) for k, v in weights(t.model).items() if k in dict(t.model.named_parameters())))
+        if norm: assert logged(t, 'grad_norm')[0] > .1
+    assert .99e-3 < moved[1e-3] <= 1e-3 * (1 + 1e-4)
+    assert moved[None] == moved[0.] > .1
+
+
+@pytest.mark.parametrize('norm', [-1., float('nan')])
+def test_item23_senseless_norms_are_refused(norm, tmp_path):
+    "[fails when `__post_init__` doesn't check]"
+    with pytest.raises(UserError, match='max_grad_norm'): PPOConfig(output_dir=str(tmp_path), use_cpu=True, max_grad_norm=norm)
+
+
+@pytest.mark.parametrize('n', [1, 3, 5])
+def test_item24_every_prompt_is_used_however_few(n, tmp_path):
+    "1, 3 or 5 prompts, rollouts of 4: no hang, each is seen, the policy changes [fails when rows beyond the last full batch are dropped]"
+    seen = []
+    t = ppo_trainer(tmp_path, prompts=n, rollout_batch_size=4, num_rollouts=None, num_train_epochs=2, reward=lambda p, c: seen.extend(p) or letters(p, c))
+    before = weights(t.policy)
+    t.train()
+    assert t.state.global_step == math.ceil(2 * n / 4) and len(seen) == 4 * t.state.global_step
+    assert set(seen) == set(toy_prompts(n)) and seen.count(seen[0]) >= 2 * (n != 5)
+    assert distance(before, weights(t.policy)) > 1e-4
+
+
+def test_item24_rollouts_go_through_the_prompts_evenly():
+    "In any 12 rollouts of 4 out of 6 prompts each comes up 8 times, in shuffled passes [fails when each rollout is drawn anew]"
+    rows = [r for k in range(12) for r in rollout_rows(6, 4, k, seed=3)]
+    passes = [rows[i:i + 6] for i in range(0, 48, 6)]
+    assert all(sorted(p) == list(range(6)) for p in passes) and len(set(map(tuple, passes))) > 1
+
+
+@pytest.mark.parametrize('how', [dict(num_rollouts=4), dict(num_rollouts=2, num_ppo_epochs=2), dict(num_rollouts=1, num_ppo_epochs=2, num_mini_batches=2, per_device_train_batch_size=2),
+                                 dict(num_rollouts=2, num_mini_batches=2, per_device_train_batch_size=3)])
+def test_item25_the_learning_rate_follows_the_updates(how, tmp_path):
+    "Linear schedule over 4 updates, however they come about: 0 is reached after the last [fails when `max_steps` counts rollouts]"
+    rates = Rates()
+    t = ppo_trainer(tmp_path, lr_scheduler_type='linear', learning_rate=.04, trainer=dict(callbacks=[rates]), **how)
+    t.train()
+    assert rates.seen == pytest.approx([.04, .03, .02, .01]) and set(t.lr_scheduler.get_last_lr()) == {0}
+    assert t.state.global_step == t.args.max_steps == 4
+
+
+# ---- checkpoints
+
+def little_run(folder, resume=None, **kw):
+    "Two rollouts of three updates, with a checkpoint after each update"
+    args = dict(num_rollouts=2, num_ppo_epochs=3, per_device_train_batch_size=4, optim='adamw_torch', learning_rate=1e-3, lr_scheduler_type='linear', warmup_steps=2,
+                save_strategy='steps', save_steps=1, max_grad_norm=1., seed=5, trainer=dict(callbacks=[AtTheEnd()]))
+    t = ppo_trainer(folder, **args | kw)
+    t.train(resume_from_checkpoint=resume and str(resume))
+    return t
+
+@pytest.fixture(scope='module')
+def straight(tmp_path_factory):
+    "A run that was never stopped: (folder, its final state)"
+    folder = tmp_path_factory.mktemp('straight')
+    torch.manual_seed(1), np.random.seed(1), random.seed(1)
+    t = little_run(folder)
+    return folder, end_state(t), t
+
+@pytest.mark.parametrize('step', [1, 3, 5])
+def test_item26_resume_is_bitwise(step, straight, tmp_path):
+    "After any update, in the middle of a rollout or between two: weights, Adam, scheduler, random states, logs [fails when an unfinished rollout isn't saved, or the critic isn't loaded]"
+    folder, end, _ = straight
+    t = little_run(tmp_path, folder/f'checkpoint-{step}')
+    assert end_state(t) == end
+
+
+def test_item26_resume_is_bitwise_in_a_new_process(straight, tmp_path):
+    "The same from the middle of the first rollout, in another process with other random states [fails when an unfinished rollout isn't saved]"
+    folder, end, _ = straight
+    code = ('import conftest, json, sys, torch; torch.set_num_threads(1); torch.manual_seed(99); from test_ppo import little_run, end_state;'
+            'print(json.dumps(end_state(little_run(sys.argv[1], sys.argv[2]))))')
+    p = subprocess.run([sys.executable, '-c', code, str(tmp_path), str(folder/'checkpoint-2')], cwd=Path(__file__).parent, env=os.environ, capture_output=True, text=True, timeout=120)
+    assert p.returncode == 0, p.stderr[-2000:]
+    assert json.loads(p.stdout.splitlines()[-1]) == json.loads(json.dumps(end))
+
+
+def test_item26_a_checkpoint_is_a_policy(straight):
+    "`from_pretrained` finds every weight and no other, of policy and critic [fails when the actor-critic is saved as one]"
+    folder, _, t = straight
+    model, info = AutoModelForCausalLM.from_pretrained(folder/'checkpoint-6', output_loading_info=True)
+    assert not info['missing_keys'] and not info['unexpected_keys'] and not info['mismatched_keys']
+    assert distance(weights(model), weights(t.policy)) == 0
+    critic = RewardModel.load(folder/'checkpoint-6'/'critic', tok=toy_tokenizer()).model
+    assert distance(weights(critic), weights(t.model.critic)) == 0
+
+
+def test_item26_logs_of_a_rollout_survive_a_stop_in_it(tmp_path):
+    "One log a rollout, stopped in the middle of the second: its score and KL are still logged [fails while the sums for the next log aren't kept in the checkpoint]"
+    straight = little_run(tmp_path/'a', logging_steps=3)
+    resumed = little_run(tmp_path/'b', tmp_path/'a'/'checkpoint-4', logging_steps=3)
+    for key in ('objective/score', 'objective/kl', 'rollout/length'): assert logged(resumed, key) == logged(straight, key)
+
+
+# ---- seeds, graphs, the reference
+
+def rng_state(): return random.getstate(), [str(x) for x in np.random.get_state()], torch.get_rng_state().tolist()
+
+def test_item27_runs_depend_on_their_seed_alone(tmp_path):
+    "Same seed, same run, whatever the global generators say; another seed, another run; building a trainer leaves them as they were [fails when the rollouts are sampled without a seed]"
+    logs = []
+    for seed, world in ((1, 10), (1, 11), (2, 10)):
+        torch.manual_seed(world), np.random.seed(world), random.seed(world)
+        before = rng_state()
+        t = ppo_trainer(tmp_path, num_rollouts=2, seed=seed)
+        assert rng_state() == before
+        t.train()
+        logs.append((logged(t), weights(t.model)))
+    assert logs[0][0] == logs[1][0] and distance(logs[0][1], logs[1][1]) == 0
+    assert logs[0][0] != logs[2][0]
+
+
+def test_item27_equal_prompts_get_different_answers(tmp_path, monkeypatch):
+    "In one rollout, and in the next [fails when every rollout has the same seed]"
+    drawn, draw = [], ppo.sample
+    monkeypatch.setattr(ppo, 'sample', lambda *a, **kw: (drawn.append(draw(*a, **kw)), drawn[-1])[1])
+    ppo_trainer(tmp_path, tiny(), prompts=1, num_rollouts=2, learning_rate=0.).train()
+    answers = [tuple(c) for s in drawn for c in s.completion_ids]
+    assert len(drawn) == 2 and len(set(answers)) == 16
+
+
+def test_item28_gradient_checkpointing_changes_no_number(tmp_path):
+    "The cache works in the rollout (each step sees one new token), checkpointing in the update; same weights, and the mode is put back [fails when the policy isn't in eval mode while sampling]"
+    runs = {}
+    for on in (False, True):
+        policy, widths = talker('llama'), []
+        t = ppo_trainer(tmp_path, policy, activation_checkpointing=on)
+        policy.register_forward_pre_hook(lambda m, a, kw: widths.append((m.training, kw['input_ids'].shape[1])), with_kwargs=True)
+        t.train()
+        runs[on] = t, widths
+        layer = t.policy.model.layers[0]
+        assert t.model.training and layer.training and bool(getattr(layer, 'gradient_checkpointing', False)) == on
+    sampled = [w for training, w in runs[True][1] if not training]
+    assert sampled.count(1) >= 5
+    assert distance(weights(runs[False][0].model), weights(runs[True][0].model)) < 1e-6
+
+
+class LiveTensors(TrainerCallback):
+    "Counts the tensors that are alive after each step"
+    def __init__(self): self.seen = []
+    def on_step_end(self, *args, **kw):
+        gc.collect()
+        self.seen.append(sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()))
+
+def test_item29_nothing_logged_or_stored_holds_a_graph(tmp_path):
+    "Logs are floats, a rollout requires no gradient, six updates don't pile up tensors [fails when metrics are kept as tensors, or the rollout is evaluated with gradients]"
+    live = LiveTensors()
+    t = ppo_trainer(tmp_path, num_rollouts=6, logging_steps=100, trainer=dict(callbacks=[live]))
+    t.train()
+    assert not any(v.requires_grad for v in vars(t.experience).values() if isinstance(v, torch.Tensor))
+    assert live.seen[5] <= live.seen[1] + 2, live.seen
+    assert all(type(v) in (int, float) for l in t.state.log_history for v in l.values())
+    assert all(type(v) is float for vs in t.metrics_seen.seen['train'].values() for v in vs)
+
+
+@pytest.mark.parametrize('bare', [False, True])
+def test_item30_the_critic_starts_as_the_reward_model(bare, tmp_path):
+    "With its weights, so the value at the last token is the score; but the reward model itself never changes, passed whole or as bare network [fails when the critic isn't copied]"
+    tok = toy_tokenizer()
+    rm = RewardModel(reward_model_from(tiny('gpt2', seed=3), tok, seed=3), tok)
+    before = fingerprint(rm.model)
+    t = ppo_trainer(tmp_path, reward=rm, critic=rm.model if bare else rm, num_rollouts=2)
+    assert fingerprint(t.model.critic) == before
+    t.train()
+    assert fingerprint(rm.model) == before != fingerprint(t.model.critic)
+
+
+def test_item31_kl_is_against_the_reference(tmp_path):
+    "A reference with negated output layer: the KL is that of hand-read log-probs, and large [fails when the policy stands in for the reference]"
+    policy, ref = talker('qwen2'), talker('qwen2', tie_word_embeddings=False)
+    ref.get_output_embeddings().weight.data.neg_()
+    old = copy.deepcopy(policy)
+    t = ppo_trainer(tmp_path, policy, ref)
+    t.train()
+    s = t.experience.samples
+    with torch.no_grad(): kl = [float((row_logps(old, p, c) - row_logps(ref, p, c)).sum()) for p, c in zip(s.prompt_ids, s.completion_ids)]
+    assert logged(t, 'objective/kl')[0] == pytest.approx(np.mean(kl), abs=1e-4) and abs(np.mean(kl)) > .5
+
+
+@pytest.mark.parametrize('given', [False, True])
+def test_item34_the_reference_is_frozen(given, tmp_path):
+    "Handed over in train mode with dropout, or made by the trainer: eval mode, no gradients, same bytes after the run, KL 0 at its start [fails when `frozen_reference` doesn't call `eval`]"
+    policy = talker(dropout=.1)
+    ref = copy.deepcopy(policy).train() if given else None
+    t = ppo_trainer(tmp_path, policy, ref, num_rollouts=3)
+    before = fingerprint(t.ref_model)
+    t.train()
+    assert fingerprint(t.ref_model) == before != fingerprint(t.policy)
+    assert not any(m.training for m in t.ref_model.modules())
+    assert all(p.grad is None and not p.requires_grad for p in t.ref_model.parameters())
+    kl = logged(t, 'objective/kl')
+    assert kl[0] == 0 and kl[2] != 0
+    trained = {id(p) for g in t.optimizer.param_groups for p in g['params']}
+    assert trained == {id(p) for p in t.model.parameters() if p.requires_grad} and not trained & {id(p) for p in t.ref_model.parameters()}
+
+
+def test_item34_a_shared_reference_is_refused(tmp_path):
+    "The policy itself, or a model that shares one of its tensors [fails when only `is` is looked at]"
+    policy = tiny()
+    half = copy.deepcopy(policy)
+    half.model.embed_tokens.weight = policy.model.embed_tokens.weight
+    for ref in (policy, half):
+        with pytest.raises(UserError, match='ref_model'): ppo_trainer(tmp_path, policy, ref)
+
+
+# ---- bf16
+
+def test_item13_policy_and_reference_run_in_the_same_precision(tmp_path):
+    "bf16 autocast: the reference's logits are bf16 as the policy's are, and the KL before the first update is 0 [fails while only the policy's forward is under autocast]"
+    kinds, policy = {}, talker()
+    ref = copy.deepcopy(policy)
+    for name, m in (('policy', policy), ('ref', ref)):
+        m.get_output_embeddings().register_forward_hook(lambda mod, a, out, name=name: kinds.setdefault(name, []).append(out.dtype))
+    t = ppo_trainer(tmp_path, policy, ref, bf16=True)
+    t.train()
+    assert kinds['policy'][-1] == torch.bfloat16 and kinds['ref'] == [torch.bfloat16] * len(kinds['ref'])
+    assert logged(t, 'objective/kl') == [0]
