@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, TrainerCallback
 
 from mpo_nb.data import UserError
 from mpo_nb.dpo import DPOConfig, collate_pairs, dpo_loss, encode_pair, encode_pairs, plain_logps, shared_logps, shared_mask
-from mpo_nb.logprobs import encode_prompt, sequence_logprobs
+from mpo_nb.logprobs import encode_prompt
 from util import (KINDS, AtTheEnd, TableLM, bpe, distance, dpo_trainer, end_state, fingerprint, logged, pad_is_eos, row_logps, tiny, toy_pairs, toy_tokenizer, weights)
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'own_random_state')
@@ -36,12 +36,6 @@ def by_hand(model, rows, temperature=1.):
 
 def encoded(ds=None): return list(encode_pairs(ds or toy_pairs(), toy_tokenizer())[0])
 
-class Start(TrainerCallback):
-    "Calls `f` before the first step"
-    def __init__(self, f): self.f = f
-    def on_train_begin(self, args, state, control, model=None, **kw): self.f(model)
-
-
 # ---- the loss
 
 def loss_gradient(loss_type, smoothing=0.):
@@ -53,7 +47,7 @@ def loss_gradient(loss_type, smoothing=0.):
 
 @pytest.mark.parametrize('loss_type, smoothing, loss, gradient', [('sigmoid', 0, .437488, -.035434), ('sigmoid', .1, .497488, None), ('robust', .1, .362488, None), ('hinge', 0, .4, -.1)])
 def test_item41_losses_at_margin_six(loss_type, smoothing, loss, gradient):
-    "The numbers of the list [fails when `loss_type` or `label_smoothing` is ignored]"
+    "The numbers of the list [fails when `loss_type` is ignored, and when `label_smoothing` is]"
     got = loss_gradient(loss_type, smoothing)
     assert got[0] == pytest.approx(loss, abs=1e-6) and (gradient is None or got[1] == pytest.approx(gradient, abs=1e-6))
 
@@ -67,7 +61,7 @@ def plain_loss(pc, pr, rc, rr, beta, kind, e, n, m):
 
 @pytest.mark.parametrize('kind, e', [('sigmoid', 0.), ('sigmoid', .2), ('robust', .2), ('hinge', 0.), ('ipo', 0.)])
 def test_losses_equal_plain_loops(kind, e):
-    "Float64, to 1e-10, with the implicit rewards, which carry no gradient [fails when the rewards leave out beta, or IPO divides by one length]"
+    "Float64, to 1e-10, with the implicit rewards, which carry no gradient [fails when the rewards leave out beta, and when IPO divides by one length]"
     g = torch.Generator().manual_seed(2)
     x = [(-20 * torch.rand(50, dtype=torch.float64, generator=g)).requires_grad_() for _ in range(4)]
     n, m = torch.randint(1, 20, (2, 50), generator=g)
@@ -103,7 +97,7 @@ def test_item45_chosen_falls_only_if_the_model_wants_it():
 
 
 def test_item45_rewards_are_logged_apart(tmp_path):
-    "After a few steps: rewards, margin, accuracy, log-probs by hand [fails when the margin or a log-prob is that of the other side]"
+    "After a few steps: rewards, margin, accuracy, log-probs by hand [fails when the margin has the other sign, and when the log-probs are swapped]"
     policy = tiny()
     t = dpo_trainer(tmp_path, policy, max_steps=3)
     rows, ref = encoded(), copy.deepcopy(policy)
@@ -122,7 +116,7 @@ def test_item45_rewards_are_logged_apart(tmp_path):
 @pytest.mark.parametrize('forward', PASSES)
 @pytest.mark.parametrize('kind', KINDS)
 def test_item39_logps_do_not_depend_on_partners_or_padding(kind, forward):
-    "Each pair alone, by hand, equals any batch, order and pad id [fails when pads are counted, or `position_ids` left out]"
+    "Each pair alone, by hand, equals any batch, order and pad id [fails when pads are counted, and on gpt2 when positions count pads]"
     model = tiny(kind)
     with torch.no_grad():
         want = torch.stack(by_hand(model, PAIRS))
@@ -208,7 +202,7 @@ def test_shared_mask_by_hand():
 @pytest.mark.parametrize('share', [True, False])
 @pytest.mark.parametrize('kind', KINDS)
 def test_item42_first_loss_is_ln_2(kind, share, tmp_path):
-    "Policy == reference, all dropouts .1 in the config: loss ln 2, rewards 0 [fails when `disable_dropout` isn't called; on all but gpt2 while it skips the attention's own rate]"
+    "Policy == reference, all dropouts .1 in the config: loss ln 2, rewards 0 [fails when `disable_dropout` isn't called, and on all but gpt2 when it skips the rate that the attention keeps as a number]"
     t = dpo_trainer(tmp_path, tiny(kind, dropout=.1), share_prefix=share, per_device_train_batch_size=3, gradient_accumulation_steps=3)
     assert t.shares_prefix == share
     t.train()
@@ -217,7 +211,7 @@ def test_item42_first_loss_is_ln_2(kind, share, tmp_path):
 
 
 def test_item42_first_loss_is_ln_2_on_a_sliding_window(tmp_path):
-    "A model that looks back 8 tokens, the first pairs short and later ones long: the choice of forward pass holds for all [fails while only the first pairs are probed]"
+    "A model that looks back 8 tokens, the first pairs short and later ones long: the choice of forward pass holds for all [fails when only the first pairs are probed]"
     config = dict(vocab_size=132, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=24, max_position_embeddings=96, initializer_range=.3)
     policy = AutoModelForCausalLM.from_config(MistralConfig(sliding_window=8, **config)).eval()
     long = toy_pairs(4)
@@ -231,7 +225,7 @@ def test_item42_first_loss_is_ln_2_on_a_sliding_window(tmp_path):
 
 
 def test_item42_reference_and_policy_run_in_the_same_precision(tmp_path):
-    "bf16 autocast: the logits of the reference pass are bf16 as those of training are [fails while only the training forward is under autocast]"
+    "bf16 autocast: the logits of the reference pass are bf16 as those of training are [fails when only the training forward is under autocast]"
     kinds, policy = [], tiny()
     policy.get_output_embeddings().register_forward_hook(lambda mod, a, out: kinds.append((mod.training, out.dtype)))
     t = dpo_trainer(tmp_path, policy, bf16=True, share_prefix=False)
@@ -351,14 +345,14 @@ def test_item43_accumulation_gives_the_same_weights(size, splits):
 
 @pytest.mark.parametrize('size', [s for s, _ in SPLITS])
 def test_item43_logged_rewards_do_not_depend_on_the_split(size, splits):
-    "3+3+2 too [fails while micro-batches of unequal size are averaged with equal weight]"
+    "3+3+2 too [fails when micro-batches of unequal size are averaged with equal weight]"
     for key in ('rewards/chosen', 'rewards/rejected', 'rewards/margins', 'rewards/accuracies', 'logps/chosen', 'logps/rejected'):
         assert logged(splits[size], key) == pytest.approx(logged(splits[8], key), abs=1e-4), key
 
 
 @pytest.mark.parametrize('size', [3, 8])
 def test_item10_evaluation_does_not_depend_on_its_batch_size(size, tmp_path):
-    "Loss, rewards, accuracy of 8 pairs by hand [fails while the last, smaller batch weighs as much as the others]"
+    "Loss, rewards, accuracy of 8 pairs by hand [fails when the last, smaller batch weighs as much as the others]"
     policy, ref, rows = tiny(seed=1), tiny(seed=2), encoded()
     t = dpo_trainer(tmp_path, policy, ref, trainer=dict(eval_dataset=toy_pairs()), per_device_eval_batch_size=size)
     got = t.evaluate()
@@ -386,7 +380,7 @@ def test_item22_cdpo_step_equals_plain_loops(tmp_path):
 
 
 def test_item23_the_gradient_norm_is_clipped(tmp_path):
-    "SGD, lr 1, norm 1e-3: the weights move by 1e-3 [fails when gradients are scaled after clipping]"
+    "SGD, lr 1, norm 1e-3: the weights move by 1e-3 [fails when the config drops `max_grad_norm`]"
     policy = tiny(seed=1)
     before = {k: v.detach().clone() for k, v in policy.named_parameters()}
     t = dpo_trainer(tmp_path, policy, ref=tiny(seed=2), max_grad_norm=1e-3, learning_rate=1., per_device_train_batch_size=4, gradient_accumulation_steps=2)
@@ -439,7 +433,7 @@ def trl_runs(tmp_path_factory):
 @pytest.mark.parametrize('share', [True, False])
 @pytest.mark.parametrize('loss_type', ['sigmoid', 'ipo', 'hinge', 'robust'])
 def test_parity_with_trl(loss_type, share, trl_runs, tmp_path):
-    "Loss, rewards, margins, log-probs and weights of three steps in fp32 [fails when beta, the mean of IPO or the robust formula differ]"
+    "Loss, rewards, margins, log-probs and weights of three steps in fp32 [fails when beta is fixed, when IPO sums, and when the flipped term of robust has the other sign]"
     theirs = trl_runs(loss_type)
     ours = dpo_trainer(tmp_path, tiny('llama', seed=1), tiny('llama', seed=2), max_steps=3, learning_rate=.2, beta=.2, loss_type=loss_type, label_smoothing=.1 if loss_type == 'robust' else 0., share_prefix=share)
     ours.train()
@@ -452,7 +446,7 @@ def test_parity_with_trl(loss_type, share, trl_runs, tmp_path):
 
 @pytest.mark.parametrize('steps', [2, 4])
 def test_item43_trl_accumulates_alike(steps, trl_runs, tmp_path):
-    "TRL's trainer in 2 or 4 micro-batches ends where ours does in one [fails when our loss is the mean of the micro-batch and is summed]"
+    "TRL's trainer in 2 or 4 micro-batches ends where ours does in one [fails when our loss is the mean of the micro-batch]"
     ours = dpo_trainer(tmp_path, tiny('llama', seed=1), tiny('llama', seed=2), max_steps=3, learning_rate=.2, beta=.2, per_device_train_batch_size=8 // steps, gradient_accumulation_steps=steps)
     ours.train()
     theirs = trl_runs('sigmoid', steps)
@@ -462,7 +456,7 @@ def test_item43_trl_accumulates_alike(steps, trl_runs, tmp_path):
 # ---- the reference
 
 def test_item44_the_reference_is_computed_before_training(tmp_path):
-    "Kept log-probs are those of the model at the start, for training and evaluation data, also after ten steps and with dropout configured [fails when they are computed in train mode, or when asked for]"
+    "Kept log-probs are those of the model at the start, for training and evaluation data, also after ten steps and with dropout configured [fails when `sequence_logprobs` returns its rows sorted by length]"
     policy = tiny('gpt2', dropout=.1).train()
     initial, test = copy.deepcopy(policy).eval(), toy_pairs(5, seed=7)
     t = dpo_trainer(tmp_path, policy, max_steps=10, learning_rate=.5, trainer=dict(eval_dataset=test))
@@ -477,7 +471,7 @@ def test_item44_the_reference_is_computed_before_training(tmp_path):
 
 
 def test_item44_data_that_come_after_training_are_refused_or_right(tmp_path):
-    "A new evaluation set after training: the initial reference or a clear error, never the trained policy as reference [fails while the error is a KeyError of the collator]"
+    "A new evaluation set after training: the initial reference or a clear error, never the trained policy as reference [fails when `evaluate` takes any data: the collator's KeyError isn't clear]"
     t = dpo_trainer(tmp_path, max_steps=3, learning_rate=.5)
     initial, test = tiny(), toy_pairs(5, seed=7)
     t.train()
@@ -516,11 +510,10 @@ def test_item34_a_reference_that_shares_weights_is_a_snapshot(tmp_path):
     "Its log-probs are read before the first step, so it can't move with the policy [fails when the reference is read in `compute_loss`]"
     policy = tiny(tie_word_embeddings=False)
     ref, snapshot = copy.copy(policy), copy.deepcopy(policy)
-    t = dpo_trainer(tmp_path, policy, ref, max_steps=3, learning_rate=.5)
-    t.train()
-    with torch.no_grad(): (pc, pr), (rc, rr) = by_hand(policy.eval(), encoded()), by_hand(snapshot, encoded())
-    assert distance(weights(policy), weights(snapshot)) > 1e-2
-    assert t.train_dataset['ref_chosen'] == pytest.approx(rc.tolist(), abs=5e-5)
+    shared, copied = (dpo_trainer(tmp_path, p, r, max_steps=3, learning_rate=.5) for p, r in ((policy, ref), (copy.deepcopy(policy), snapshot)))
+    for t in (shared, copied): t.train()
+    assert distance(weights(ref), weights(policy)) == 0 and distance(weights(policy), weights(snapshot)) > 1e-2
+    assert logged(shared) == logged(copied)
 
 
 # ---- seeds, graphs, checkpoints
@@ -528,7 +521,7 @@ def test_item34_a_reference_that_shares_weights_is_a_snapshot(tmp_path):
 def rng_state(): return random.getstate(), [str(x) for x in np.random.get_state()], torch.get_rng_state().tolist()
 
 def test_item27_runs_depend_on_their_seed_alone(tmp_path):
-    "Same seed, same run, whatever the global generators say; another seed, another order; building a trainer leaves them as they were [fails while the order of the data comes from the global seed]"
+    "Same seed, same run, whatever the global generators say; another seed, another order; building a trainer leaves them as they were [fails when the order of the data comes from the global seed]"
     logs = []
     for seed, world in ((1, 10), (1, 11), (2, 10)):
         torch.manual_seed(world), np.random.seed(world), random.seed(world)
@@ -545,7 +538,7 @@ def test_item29_logs_are_floats_and_hold_no_graph(tmp_path):
     "[fails when metrics are kept as tensors]"
     t = dpo_trainer(tmp_path, max_steps=3, logging_steps=100, trainer=dict(eval_dataset=toy_pairs()))
     t.train()
-    assert all(type(v) is float for vs in t.metrics_seen.seen['train'].values() for v in vs)
+    assert not any(isinstance(v, torch.Tensor) for vs in t.metrics_seen.seen['train'].values() for v in vs)
     t.evaluate()
     assert all(type(v) in (int, float) for l in t.state.log_history for v in l.values())
 
@@ -566,17 +559,17 @@ def straight(tmp_path_factory):
 
 @pytest.mark.parametrize('step', [1, 3, 4])
 def test_item26_resume_is_bitwise(step, straight, tmp_path):
-    "In the first epoch, between two, in the second: weights, Adam, scheduler, random states, logs [fails when the reference is that of the resumed policy]"
+    "In the first epoch, between two, in the second: weights, Adam, scheduler, random states, logs [fails when the order of the data comes from the global seed]"
     folder, end, _ = straight
     assert end_state(little_run(tmp_path, folder/f'checkpoint-{step}')) == end
 
 
 def test_item26_resume_is_bitwise_in_a_new_process(straight, tmp_path):
-    "Another process with other random states, in the middle of the first epoch [fails while the order of the data comes from the global seed]"
+    "Another process with other random states, in the middle of the first epoch [fails when the order of the data comes from the global seed]"
     folder, end, _ = straight
     code = ('import conftest, json, sys, torch; torch.set_num_threads(1); torch.manual_seed(99); from test_dpo import little_run, end_state;'
             'print(json.dumps(end_state(little_run(sys.argv[1], sys.argv[2]))))')
-    p = subprocess.run([sys.executable, '-c', code, str(tmp_path), str(folder/'checkpoint-2')], cwd=Path(__file__).parent, env=os.environ, capture_output=True, text=True, timeout=120)
+    p = subprocess.run([sys.executable, '-c', code, str(tmp_path), str(folder/'checkpoint-2')], cwd=Path(__file__).parent, env=os.environ, capture_output=True, text=True, timeout=600)
     assert p.returncode == 0, p.stderr[-2000:]
     assert json.loads(p.stdout.splitlines()[-1]) == json.loads(json.dumps(end))
 

@@ -71,7 +71,7 @@ def numbers():
 
 
 def test_rewards_and_gae_equal_plain_loops(numbers):
-    "To 1e-10 [fails when lambda isn't multiplied by gamma, or the next value is left out]"
+    "To 1e-10 [fails when lambda isn't multiplied by gamma, and when the next value is left out]"
     logps, ref, values, *_, n = numbers
     mask, scores = lengths_of(n, 7), torch.arange(5.).double()
     rewards = token_rewards(scores, logps, ref, mask, kl_coef=.3)
@@ -108,7 +108,7 @@ def test_clipped_ratio_has_no_gradient():
 
 @pytest.mark.parametrize('kind', ['gpt2', 'llama', 'neox'])
 def test_item01_ratio_is_one_with_dropout_configured(kind, updates, tmp_path):
-    "All dropouts .1, train mode: first micro-batch has no drift, nothing clipped [fails when `disable_dropout` isn't called; on llama and neox while it skips the attention's own rate]"
+    "All dropouts .1, train mode: first micro-batch has no drift, nothing clipped [fails when `disable_dropout` isn't called, and on llama and neox when it skips the rate that their attention keeps as a number]"
     t = ppo_trainer(tmp_path, talker(kind, dropout=.1), per_device_train_batch_size=4)
     t.train()
     logp, value = drift(updates)
@@ -175,7 +175,7 @@ def test_item05_and_06_masks_of_a_rollout_come_from_lengths(tok):
 
 @pytest.mark.parametrize('kind', ['gpt2', 'llama'])
 def test_item07_temperature_is_on_every_side(kind, updates, tmp_path):
-    "T = .7: old log-probs are log_softmax(raw / T), the new ones equal them, the reference has the same T [fails when `compute_loss` or the reference pass leaves T out]"
+    "T = .7: old log-probs are log_softmax(raw / T), the new ones equal them, the reference has the same T [fails when `compute_loss` leaves T out, and when the reference pass does]"
     policy, ref = talker(kind), talker(kind, seed=5)
     old, reference = copy.deepcopy(policy), copy.deepcopy(ref)
     t = ppo_trainer(tmp_path, policy, ref, temperature=.7)
@@ -190,7 +190,7 @@ def test_item07_temperature_is_on_every_side(kind, updates, tmp_path):
 
 
 def test_item07_temperature_zero_is_refused(tmp_path):
-    "[fails while the error is that of `generate`, which isn't a UserError]"
+    "[fails when `PPOConfig` doesn't check: the error of `generate` isn't a UserError]"
     with pytest.raises(UserError, match='temperature'): ppo_trainer(tmp_path, temperature=0.).train()
 
 
@@ -287,7 +287,7 @@ def test_item15_the_penalty_is_taken_once_where_eos_is_missing(pad_eos, tok):
 
 
 def test_item15_the_penalty_reaches_the_reward_once(tmp_path):
-    "One row that ends, one that doesn't: the undiscounted return of the first token (lambda = 1, V read off) is the score, less the penalty once [fails when `_rollout` passes the raw scores on]"
+    "One row that ends, one that doesn't: the undiscounted return of the first token (lambda = 1, V read off) is the score, less the penalty once [fails when `checked_scores` takes nothing off, or twice as much]"
     policy = talker(eos=1.)
     t = ppo_trainer(tmp_path, policy, reward=lambda p, c: [5.] * len(p), missing_eos_penalty=2., lam=1., kl_coef=0., learning_rate=0.)
     t.train()
@@ -346,7 +346,7 @@ def test_item19_nothing_is_read_beyond_the_end(pads, poison, numbers):
 # ---- whitening
 
 def test_item20_whitening_of_few_tokens_stays_finite():
-    "One token, none, and a masked outlier [fails when the variance is Bessel-corrected, or the mean over no token isn't guarded]"
+    "One token, none, and a masked outlier [fails when the variance is Bessel-corrected, and when the mean over no token isn't guarded]"
     for n in ([1, 0], [0, 0]): assert whiten(torch.tensor([[3., 7.], [9., 9.]]), lengths_of(n, 2)).tolist() == [[0, 0], [0, 0]]
     w = whiten(torch.tensor([[1., 2., 3., 100.]]).double(), lengths_of([3], 4))[0]
     assert w[:3].mean().item() == pytest.approx(0, abs=1e-10) and w[:3].std(correction=0).item() == pytest.approx(1, abs=1e-6) and w[3] == 0
@@ -399,7 +399,7 @@ def test_item21_advantages_are_whitened_over_the_whole_rollout(size, splits):
 
 
 def test_item21_advantages_follow_a_permutation_of_the_rows(numbers):
-    "[fails when anything but the sums over all tokens enters]"
+    "Reordered rows have the same advantages [fails when a row's weight depends on its place]"
     logps, ref, values, *_, n = numbers
     mask, scores, order = lengths_of(n, 7), torch.arange(5.).double(), [3, 1, 4, 0, 2]
     a = make_experience(None, scores, logps, ref, values, mask, .1)
@@ -474,7 +474,7 @@ def test_item23_the_gradient_norm_is_clipped(tmp_path):
 
 @pytest.mark.parametrize('norm', [-1., float('nan')])
 def test_item23_senseless_norms_are_refused(norm, tmp_path):
-    "[fails when `__post_init__` doesn't check]"
+    "Negative and NaN [fails when `__post_init__` doesn't check]"
     with pytest.raises(UserError, match='max_grad_norm'): PPOConfig(output_dir=str(tmp_path), use_cpu=True, max_grad_norm=norm)
 
 
@@ -528,7 +528,7 @@ def straight(tmp_path_factory):
 
 @pytest.mark.parametrize('step', [1, 3, 5])
 def test_item26_resume_is_bitwise(step, straight, tmp_path):
-    "After any update, in the middle of a rollout or between two: weights, Adam, scheduler, random states, logs [fails when an unfinished rollout isn't saved, or the critic isn't loaded]"
+    "After any update, in the middle of a rollout or between two: weights, Adam, scheduler, random states, logs [fails when an unfinished rollout isn't saved, and when the critic isn't loaded]"
     folder, end, _ = straight
     t = little_run(tmp_path, folder/f'checkpoint-{step}')
     assert end_state(t) == end
@@ -539,7 +539,7 @@ def test_item26_resume_is_bitwise_in_a_new_process(straight, tmp_path):
     folder, end, _ = straight
     code = ('import conftest, json, sys, torch; torch.set_num_threads(1); torch.manual_seed(99); from test_ppo import little_run, end_state;'
             'print(json.dumps(end_state(little_run(sys.argv[1], sys.argv[2]))))')
-    p = subprocess.run([sys.executable, '-c', code, str(tmp_path), str(folder/'checkpoint-2')], cwd=Path(__file__).parent, env=os.environ, capture_output=True, text=True, timeout=120)
+    p = subprocess.run([sys.executable, '-c', code, str(tmp_path), str(folder/'checkpoint-2')], cwd=Path(__file__).parent, env=os.environ, capture_output=True, text=True, timeout=600)
     assert p.returncode == 0, p.stderr[-2000:]
     assert json.loads(p.stdout.splitlines()[-1]) == json.loads(json.dumps(end))
 
@@ -555,7 +555,7 @@ def test_item26_a_checkpoint_is_a_policy(straight):
 
 
 def test_item26_logs_of_a_rollout_survive_a_stop_in_it(tmp_path):
-    "One log a rollout, stopped in the middle of the second: its score and KL are still logged [fails while the sums for the next log aren't kept in the checkpoint]"
+    "One log a rollout, stopped in the middle of the second: its score and KL are still logged [fails when the numbers of the next log aren't kept in the checkpoint]"
     straight = little_run(tmp_path/'a', logging_steps=3)
     resumed = little_run(tmp_path/'b', tmp_path/'a'/'checkpoint-4', logging_steps=3)
     for key in ('objective/score', 'objective/kl', 'rollout/length'): assert logged(resumed, key) == logged(straight, key)
@@ -612,14 +612,14 @@ class LiveTensors(TrainerCallback):
         self.seen.append(sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()))
 
 def test_item29_nothing_logged_or_stored_holds_a_graph(tmp_path):
-    "Logs are floats, a rollout requires no gradient, six updates don't pile up tensors [fails when metrics are kept as tensors, or the rollout is evaluated with gradients]"
+    "Logs are floats, a rollout requires no gradient, six updates don't pile up tensors [fails when metrics are kept as tensors, and when the rollout is evaluated with gradients]"
     live = LiveTensors()
     t = ppo_trainer(tmp_path, num_rollouts=6, logging_steps=100, trainer=dict(callbacks=[live]))
     t.train()
     assert not any(v.requires_grad for v in vars(t.experience).values() if isinstance(v, torch.Tensor))
     assert live.seen[5] <= live.seen[1] + 2, live.seen
     assert all(type(v) in (int, float) for l in t.state.log_history for v in l.values())
-    assert all(type(v) is float for vs in t.metrics_seen.seen['train'].values() for v in vs)
+    assert not any(isinstance(v, torch.Tensor) for vs in t.metrics_seen.seen['train'].values() for v in vs)
 
 
 @pytest.mark.parametrize('bare', [False, True])
@@ -675,7 +675,7 @@ def test_item34_a_shared_reference_is_refused(tmp_path):
 # ---- bf16
 
 def test_item13_policy_and_reference_run_in_the_same_precision(tmp_path):
-    "bf16 autocast: the reference's logits are bf16 as the policy's are, and the KL before the first update is 0 [fails while only the policy's forward is under autocast]"
+    "bf16 autocast: the reference's logits are bf16 as the policy's are, and the KL before the first update is 0 [fails when only the policy's forward is under autocast]"
     kinds, policy = {}, talker()
     ref = copy.deepcopy(policy)
     for name, m in (('policy', policy), ('ref', ref)):
