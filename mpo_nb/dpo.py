@@ -162,18 +162,18 @@ class DPOConfig(TrainingArguments):
 # %% ../nbs/06_dpo.ipynb #386bbdc6
 def disable_dropout(model):
     "Set every dropout in the model to 0, in place"
-    for m in model.modules():
+    for m in [*model.modules(), model.config]:
         if isinstance(m, torch.nn.Dropout): m.p = 0.0
-    for k, v in vars(model.config).items():
-        if 'dropout' in k and isinstance(v, float): setattr(model.config, k, 0.0)
+        for k, v in vars(m).items():   # attention layers keep their rate as a plain number
+            if ('dropout' in k or 'pdrop' in k) and isinstance(v, float): setattr(m, k, 0.0)
 
 class Metrics:
-    "Averages of named numbers between two logs, for training and evaluation apart"
+    "Weighted averages of named numbers between two logs, for training and evaluation apart"
     def __init__(self): self.seen = {'train': defaultdict(list), 'eval': defaultdict(list)}
-    def add(self, mode, **values):
-        for k, v in values.items(): self.seen[mode][k].append(float(v))
+    def add(self, mode, weight=1, **values):
+        for k, v in values.items(): self.seen[mode][k].append((weight, float(v)))
     def drain(self, mode):
-        out = {k: sum(v) / len(v) for k, v in self.seen[mode].items()}
+        out = {k: sum(w * x for w, x in v) / sum(w for w, _ in v) for k, v in self.seen[mode].items()}
         self.seen[mode].clear()
         return out if mode == 'train' else {f'eval_{k}': v for k, v in out.items()}
 
@@ -212,14 +212,23 @@ class DPOTrainer(Trainer):
         for name in ('train_dataset', 'eval_dataset'):
             ds = getattr(self, name)
             if ds is None: continue
-            logps = {f'ref_{side}': sequence_logprobs(ref, pad, ds['prompt_ids'], ds[f'{side}_ids'], size) for side in ('chosen', 'rejected')}
+            with self.accelerator.autocast():
+                logps = {f'ref_{side}': sequence_logprobs(ref, pad, ds['prompt_ids'], ds[f'{side}_ids'], size) for side in ('chosen', 'rejected')}
             for k, v in logps.items(): ds = ds.add_column(k, v)
             setattr(self, name, ds)
         some = self.train_dataset if self.train_dataset is not None else self.eval_dataset
-        probe = self._prepare_inputs(self.data_collator([some[i] for i in range(min(4, len(some)))]))
+        longest = sorted(some, key=lambda r: sum(len(r[f'{k}_ids']) for k in ('prompt', 'chosen', 'rejected')))[-4:]
+        probe = self._prepare_inputs(self.data_collator(longest))
         self.shares_prefix = self.args.share_prefix and sharing_works(self.model, probe)
         if self.args.share_prefix and not self.shares_prefix:
             self.log_pairs.warning(f'{type(self.model).__name__} cannot share a prompt between two completions in one row: using one row a completion')
+    def train(self, *args, **kw):
+        "`Trainer.train`; the order of the pairs follows from `args.seed` alone"
+        with seeded(self.args.seed): return super().train(*args, **kw)
+    def get_eval_dataloader(self, eval_dataset=None):
+        if isinstance(eval_dataset, Dataset) and 'ref_chosen' not in eval_dataset.column_names:
+            raise UserError('these pairs came after the trainer was made, so there are no reference log-probs for them: pass them as eval_dataset to DPOTrainer')
+        return super().get_eval_dataloader(eval_dataset)
 
     def _get_num_items_in_batch(self, batch_samples, device):
         n = torch.tensor(sum(len(b['ref_chosen']) for b in batch_samples), device=device)
@@ -238,8 +247,9 @@ class DPOTrainer(Trainer):
     def _note(self, policy, rewards):
         every = lambda x: self.accelerator.gather(x.detach()).float()
         (chosen, rejected), logps = map(every, rewards), [every(x).mean() for x in policy]
-        right = (chosen > rejected).float() + .5 * (chosen == rejected).float()   # equal rewards are a tie, not a win
-        self.metrics_seen.add('train' if self.model.training else 'eval', **{
+        gap, rounding = chosen - rejected, 1e-3 * self.args.beta                   # a thousandth of a nat
+        right = (gap > rounding).float() + .5 * (gap.abs() <= rounding).float()    # equal rewards are a tie, not a win
+        self.metrics_seen.add('train' if self.model.training else 'eval', len(chosen), **{
             'rewards/chosen': chosen.mean(), 'rewards/rejected': rejected.mean(), 'rewards/margins': (chosen - rejected).mean(),
             'rewards/accuracies': right.mean(), 'logps/chosen': logps[0], 'logps/rejected': logps[1]})
 

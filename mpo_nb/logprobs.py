@@ -56,12 +56,15 @@ def load_model(
     return model.eval(), tok
 
 # %% ../nbs/03_logprobs.ipynb #dff7de89
+def _ids(tok, text):
+    "Ids of a text; a BOS that it starts with already isn't doubled"
+    return tok(text, add_special_tokens=not (tok.bos_token and text.startswith(tok.bos_token)))['input_ids']
 def encode_prompt(
     tok,           # Tokenizer
     prompt: str,   # Text that the model continues
 ) -> list[int]:    # Ids, BOS first where the tokenizer has one
     "Ids of the prompt, the same in sampling, training and scoring"
-    ids = tok(prompt)['input_ids']
+    ids = _ids(tok, prompt)
     # some tokenizers close every text with EOS: behind a prompt it would say that the text is over
     if ids and ids[-1] == tok.eos_token_id and not prompt.endswith(tok.eos_token): ids = ids[:-1]
     if not ids: raise UserError('a prompt is empty after tokenisation: give at least one token of prompt')
@@ -85,7 +88,7 @@ def _completion_candidates(tok, prompt, completion):
     "Ways to split off the completion's ids, best first: with the prompt, behind a short anchor, alone"
     for start in (prompt, *_ANCHORS):
         head = encode_prompt(tok, start)
-        whole = tok(start + completion)['input_ids']
+        whole = _ids(tok, start + completion)
         if whole[:len(head)] == head: yield whole[len(head):]
     yield tok(completion, add_special_tokens=False)['input_ids']
 

@@ -10,8 +10,8 @@ __all__ = ['log', 'SHORT', 'SHOWN', 'SEEDS', 'POLICIES', 'DPO_CURVES', 'PPO_CURV
            'stage_seed', 'read_json', 'cut_prompt', 'fit_lengths', 'split_pairs', 'stage_data', 'arguments',
            'stage_sft', 'stage_pairs', 'stage_reward', 'stage_judge', 'the_judge', 'stage_gaps', 'stage_dpo',
            'stage_dpo_easy', 'stage_ppo', 'stage_mpo', 'stage_eval', 'stages', 'finished', 'run_stage', 'evaluation',
-           'finish', 'differing_keys', 'check_folder', 'environment', 'locked', 'run', 'final_table', 'plot_training',
-           'report_plots', 'eighths', 'sample_cards', 'report', 'main']
+           'finish', 'differing_keys', 'check_folder', 'environment', 'locked', 'run', 'final_table', 'compare_runs',
+           'plot_training', 'report_plots', 'eighths', 'sample_cards', 'report', 'main']
 
 # %% ../nbs/11_mpo.ipynb #7938328f
 import dataclasses, difflib, importlib.metadata, json, logging, os, platform, re, shutil, sys, time, warnings
@@ -19,6 +19,7 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import lru_cache, partial
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -52,7 +53,7 @@ class DataKeys:
     "Preference pairs: read from files or the Hub, or sampled in a world"
     source: str | None = key(None, 'hh-rlhf, tldr, a Hub id, or a file or folder (json, jsonl, jsonl.gz, parquet, csv) with prompt, chosen, rejected; short: --data')
     subset: str | None = key(None, 'subset of the source (Hub configuration, or folder below source); null: all')
-    split: str | None = key(None, 'split of a Hub source; null: all splits (they are split again, by prompt)')
+    split: str | None = key(None, 'Hub: split to read (null: train); folder: only files of that name. It is split again, by prompt')
     pairs: int | None = key(None, 'pairs to train on (world: prompts with two sampled completions each); null: all there are')
     demonstrations: int = key(4000, 'SFT demonstrations to draw (worlds that have them)')
     test: float = key(0.1, 'share of the prompts held out for accuracy and (preference data) for the evaluation')
@@ -203,7 +204,7 @@ def _one_sentence(error, where):
 # %% ../nbs/11_mpo.ipynb #19c59e41
 def recipes() -> dict: # Name of each recipe in the package: its file
     "The recipes that ship with the package"
-    return {p.stem: p for p in sorted((Path(__file__).parent/'recipes').glob('*.yaml'))}
+    return {p.stem: p for p in sorted((files('mpo_nb')/'recipes').glob('*.yaml'))}
 
 def _recipe_file(name):
     "The recipe's YAML file, shipped or the user's own"
@@ -887,6 +888,33 @@ def final_table(
     head = f"{e['recipe']}, seed {e['seed']}: {e['n_prompts']} held-out prompts; judge: {e['judge']}"
     return '\n'.join([head, *('  '.join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in rows)])
 
+# %% ../nbs/11_mpo.ipynb #25f80aab
+def _seed_scores(folders):
+    "Scores [seed, policy] of finished runs of one recipe"
+    import pandas as pd
+    rows, first = {}, None
+    for f in map(Path, folders):
+        if not (f/'evaluation.json').is_file(): raise UserError(f'{f} holds no evaluation.json: give folders of finished runs')
+        e, recipe = read_json(f/'evaluation.json'), yaml.safe_load((f/'recipe.yaml').read_text(encoding='utf-8'))
+        first = first or recipe
+        if keys := [k for k in differing_keys(first, recipe) if k != 'seed']: raise UserError(f'{f} differs from {folders[0]} in {", ".join(keys[:4])}: compare runs that differ in the seed only')
+        if e['seed'] in rows: raise UserError(f'{f}: seed {e["seed"]} is there already: give each seed once')
+        rows[e['seed']] = {p: v['score'] for p, v in e['policies'].items()}
+    return pd.DataFrame(rows).T
+
+def compare_runs(
+    folders,              # Run folders of one recipe with different seeds, at least two
+    against: str='mpo',   # Policy that the others are compared with
+):                        # DataFrame, a row for each policy: mean, a column a seed, difference to `against` with its 95% interval
+    "Scores over seeds, and differences paired by seed"
+    import pandas as pd
+    from mpo_nb.evaluate import across_seeds
+    t = _seed_scores(folders)
+    if len(t) < 2: raise UserError('an interval over seeds needs at least two runs: give more folders')
+    diffs = {p: across_seeds(t[against].to_dict(), t[p].to_dict()) for p in t if p != against}
+    return pd.DataFrame({p: {'mean': t[p].mean(), **{f'seed {s}': v for s, v in t[p].items()},
+        f'{against} minus it': diffs[p]['diff'] if p in diffs else None, 'low': diffs[p]['ci'][0] if p in diffs else None, 'high': diffs[p]['ci'][1] if p in diffs else None} for p in t}).T.astype(float)
+
 # %% ../nbs/11_mpo.ipynb #1db44b1e
 def _figure(size=(5, 3.2), **kw):
     "Figure and axes without pyplot's global state"
@@ -912,11 +940,15 @@ def plot_training(
 ):               # Figure
     "Training curves of some stages side by side"
     logs = {n: read_json(run/n/'log.json') for n in names}
-    curves = [c for c in curves if any(c[0] in h for l in logs.values() for h in l)]
+    curves = [c for c in curves if _logged(run, names, c[0])]
     fig, axs = _figure((3.2*max(1, len(curves)), 2.9), ncols=max(1, len(curves)), squeeze=False)
     for n, history in logs.items(): _curves(axs[0], history, curves, n)
     axs[0][0].legend()
     return fig
+
+def _logged(run, names, key):
+    "Was `key` logged in any of these stages?"
+    return any(key in h for n in names for h in read_json(run/n/'log.json'))
 
 # %% ../nbs/11_mpo.ipynb #50dd2f62
 def _image(fig):
@@ -928,7 +960,7 @@ def _image(fig):
 
 def report_plots(
     run: Path,
-) -> list:     # Dicts: title, text (what the picture shows), src (data URI)
+) -> list:     # Dicts: title, text (what the pictures show), images (data URIs)
     "The pictures of the report"
     import pandas as pd
     from mpo_nb.evaluate import plot_frontier, plot_win_rates
@@ -936,11 +968,12 @@ def report_plots(
     gaps, df, e = _parquet(run/'gaps.parquet'), pd.read_parquet(run/'completions.parquet'), read_json(run/'evaluation.json')
     second = 'gold' if 'gold_chosen' in gaps.column_names else 'judge'
     drawn = lambda draw, size=(5, 3.2): _image(_drawn(draw, size))
-    return [dict(title=t, text=x, src=src) for t, x, src in [
+    curves = lambda names, which: [_image(plot_training(run, names, [c])) for c in which if _logged(run, names, c[0])]
+    return [dict(title=t, text=x, images=src if isinstance(src, list) else [src]) for t, x, src in [
         ('Reward gaps and the two sets', GAP_TEXT, drawn(lambda ax: plot_gaps(gaps, ax=ax))),
         ('Are labels with a large gap right?', ACCURACY_TEXT[second], drawn(lambda ax: plot_accuracy_by_gap(gaps, eighths(gaps['gap']), ax=ax))),
-        ('DPO', DPO_TEXT, _image(plot_training(run, ['dpo', 'dpo_easy'], DPO_CURVES))),
-        ('PPO', PPO_TEXT, _image(plot_training(run, ['ppo', 'mpo'], PPO_CURVES))),
+        ('DPO', DPO_TEXT, curves(['dpo', 'dpo_easy'], DPO_CURVES)),
+        ('PPO', PPO_TEXT, curves(['ppo', 'mpo'], PPO_CURVES)),
         ('Score against KL', KL_TEXT, drawn(lambda ax: plot_frontier(df, ax=ax))),
         ('Win rates', WIN_TEXT, drawn(lambda ax: plot_win_rates(e['win_rates'], ax=ax), (5.5, 4)))]]
 
@@ -984,7 +1017,7 @@ def report(
     recipe, e = yaml.safe_load((run/'recipe.yaml').read_text(encoding='utf-8')), read_json(run/'evaluation.json')
     df = pd.read_parquet(run/'completions.parquet')
     env = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = env.from_string((Path(__file__).parent/'report.html.jinja').read_text(encoding='utf-8'))
+    template = env.from_string((files('mpo_nb')/'report.html.jinja').read_text(encoding='utf-8'))
     return template.render(recipe=recipe, recipe_yaml=(run/'recipe.yaml').read_text(encoding='utf-8'), e=e, environment=read_json(run/'environment.json'), plots=report_plots(run),
                            cards=sample_cards(df, recipe['eval']['samples']), data=read_json(run/'data'/'stage.json')['metrics'],
                            wins={w['a']: w for w in e['win_rates'] if w['b'] == 'sft'})
@@ -998,6 +1031,8 @@ recipes:
   hh-rlhf    human preferences on helpful and harmless answers
   tldr       human preferences on summaries
   FILE.yaml  your own
+
+mpo compare RUN RUN ... shows finished runs of one recipe with different seeds side by side.
 
 short: --data PATH is --data.source PATH, --model PATH is --model.name PATH. Lists and dicts are written as YAML.
 The run folder holds report.html and evaluation.json; a killed run goes on when it is started again.'''
@@ -1031,7 +1066,8 @@ def main(
     logging.basicConfig(level=logging.WARNING, format='%(message)s', stream=sys.stderr)
     try:
         if argv[:1] == ['--version']: print(importlib.metadata.version('mpo_nb'))
-        elif argv[:1] != ['run']: print('usage: mpo run RECIPE [--key value ...]    (mpo run --help explains every key)'); return 0 if argv[:1] in ([], ['-h'], ['--help']) else 2
+        elif argv[:1] == ['compare']: print(compare_runs(argv[1:]).round(3).to_string(na_rep=''))
+        elif argv[:1] != ['run']: print('usage: mpo run RECIPE [--key value ...]    (mpo run --help explains every key)\n       mpo compare RUN RUN ...'); return 0 if argv[:1] in ([], ['-h'], ['--help']) else 2
         else: _run_command(argv[1:])
     except UserError as e: print(f'mpo: {e}', file=sys.stderr); return 2
     except KeyboardInterrupt: print('mpo: stopped; the same command goes on from here', file=sys.stderr); return 130

@@ -10,6 +10,7 @@ __all__ = ['token_values', 'entropy', 'ActorCritic', 'rows_of', 'evaluate_sample
 
 # %% ../nbs/07_ppo.ipynb #c2f739cd
 import copy
+import json
 import logging
 import math
 import time
@@ -230,6 +231,7 @@ class PPOConfig(TrainingArguments):
     def __post_init__(self):
         for k in ('rollout_batch_size', 'num_ppo_epochs', 'num_mini_batches', 'max_new_tokens'):
             if getattr(self, k) < 1: raise UserError(f'{k} is {getattr(self, k)}: it must be at least 1')
+        if self.temperature < .01: raise UserError(f'temperature {self.temperature} is too small to sample from: use at least 0.01')
         if self.logging_steps is None: self.logging_steps = self.steps_per_rollout
         if self.gradient_accumulation_steps != 1: raise UserError('gradient_accumulation_steps follows from rollout_batch_size, num_mini_batches and per_device_train_batch_size: leave it out')
         if not (self.max_grad_norm is None or self.max_grad_norm >= 0): raise UserError(f'max_grad_norm {self.max_grad_norm} must be positive (0 or None: no clipping)')
@@ -268,7 +270,7 @@ def make_critic(value_model, policy, tok, seed):
         if value_model.tok.get_vocab() != tok.get_vocab():
             raise UserError("the critic reads the policy's token ids, but the reward model has another vocabulary: leave value_model out, and the critic starts from the policy")
         return copy.deepcopy(value_model.model)
-    return value_model
+    return copy.deepcopy(value_model)
 
 # %% ../nbs/07_ppo.ipynb #788698c2
 class PPOTrainer(Trainer):
@@ -369,7 +371,7 @@ def _sample_and_score(self: PPOTrainer, prompts, seed):
     a, pad = self.args, self.processing_class.pad_token_id
     samples = sample(self.policy, self.processing_class, prompts, a.max_new_tokens, a.temperature, seed, batch_size=len(prompts))
     scores = checked_scores(self.reward, samples, a.missing_eos_penalty)
-    with self.compute_loss_context_manager():
+    with self.accelerator.autocast():
         seen = evaluate_samples(self.model, self.ref_model, samples, pad, a.temperature, a.per_device_train_batch_size, self.args.device)
     logprobs, ref_logprobs, _, h, mask = seen
     kl = masked_sum(kl_k1(logprobs, ref_logprobs), mask, 1)
@@ -438,15 +440,19 @@ def _save(self: PPOTrainer, output_dir=None, state_dict=None):
     self.processing_class.save_pretrained(out)
     self.model.critic.save_pretrained(out/'critic')
     if self.experience is not None and self.state.global_step % self.args.steps_per_rollout:
-        _save_experience(self.experience, self.rollout_index, out/f'rollout-{self.accelerator.process_index}.safetensors')
+        rank = self.accelerator.process_index
+        _save_experience(self.experience, self.rollout_index, out/f'rollout-{rank}.safetensors')
+        (out/f'metrics-{rank}.json').write_text(json.dumps(self.metrics_seen.seen['train']))   # what the next log averages
 
 @patch
 def _load_from_checkpoint(self: PPOTrainer, resume_from_checkpoint, model=None):
     "Put policy, critic and an unfinished rollout back"
     for part, folder in ((self.policy, Path(resume_from_checkpoint)), (self.model.critic, Path(resume_from_checkpoint)/'critic')):
         part.load_state_dict(type(part).from_pretrained(folder, dtype=part.dtype).state_dict())
-    rollout = Path(resume_from_checkpoint)/f'rollout-{self.accelerator.process_index}.safetensors'
-    if rollout.exists(): self.experience, self.rollout_index = _load_experience(rollout)
+    rollout, metrics = (Path(resume_from_checkpoint)/f'{k}-{self.accelerator.process_index}' for k in ('rollout', 'metrics'))
+    if rollout.with_suffix('.safetensors').exists():
+        self.experience, self.rollout_index = _load_experience(rollout.with_suffix('.safetensors'))
+        self.metrics_seen.seen['train'].update(json.loads(metrics.with_suffix('.json').read_text()))
 
 # %% ../nbs/07_ppo.ipynb #a996d41d
 def log_curve(trainer, key):

@@ -117,7 +117,7 @@ def test_report_is_self_contained_and_escaped(runs, tmp_path):
     html = report(whole)
     assert '<script' not in html and '&lt;script&gt;alert(1)' in html
     links = re.findall(r'(?:src|href)\s*=\s*"([^"]{0,30})', html)
-    assert len(links) == 6 and all(l.startswith('data:image/svg+xml;base64,') for l in links)
+    assert len(links) == 10 and all(l.startswith('data:image/svg+xml;base64,') for l in links)
     assert 'http' not in re.sub(r'base64,[^"]*', '', html)
 
 def test_finished_run_is_not_run_again(runs, tiny, capsys):
@@ -276,3 +276,15 @@ def test_recipe_overrides():
     r = parse_recipe('toy', ['--dpo.beta', '0.2', '--model=here', '--dpo.args.adam_beta2', '0.9'])[1]
     assert (r.dpo.beta, r.model.name, r.dpo.args) == (.2, 'here', dict(adam_beta2=.9))
     assert load_recipe('toy', dpo=dict(beta=.2)).dpo.beta == .2
+
+def test_compare(runs, capsys, tmp_path):
+    other = tmp_path/'other'
+    shutil.copytree(runs[0], other)
+    for f, change in (('evaluation.json', ('"seed": 0', '"seed": 1')), ('recipe.yaml', ('\nseed: 0', '\nseed: 1'))):
+        (other/f).write_text((other/f).read_text().replace(*change))
+    assert main(['compare', str(runs[0]), str(other)]) == 0
+    out = capsys.readouterr().out
+    assert 'mpo minus it' in out and 'seed 1' in out
+    for argv, says in (([runs[0]], 'at least two'), ([runs[0], runs[0]], 'already'), ([tmp_path], 'evaluation.json')):
+        assert main(['compare', *map(str, argv)]) == 2
+        assert says in capsys.readouterr().err

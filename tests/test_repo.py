@@ -47,7 +47,7 @@ def test_package_is_what_the_notebooks_export(tmp_path):
         if (ROOT/f).is_file():
             (tmp_path/f).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path/f).write_bytes((ROOT/f).read_bytes())
-    subprocess.run([sys.executable, '-c', 'from nbdev.export import nb_export_cli; nb_export_cli()'], cwd=tmp_path, check=True, capture_output=True)
+    subprocess.run([sys.executable, '-c', 'from nbdev.doclinks import nbdev_export; nbdev_export()'], cwd=tmp_path, check=True, capture_output=True)
     for f in (ROOT/'mpo_nb').glob('*.py'):
         assert (tmp_path/'mpo_nb'/f.name).read_text(encoding='utf-8') == f.read_text(encoding='utf-8'), f'{f.name}: run nbdev-export'
 

@@ -1,0 +1,157 @@
+"05_gap: every pair in exactly one set, by the written rule, with its columns."
+import matplotlib
+import numpy as np
+import pytest
+from datasets import Dataset, load_dataset
+
+from mpo_nb.data import UserError
+from mpo_nb.gap import accuracy_by_gap, add_gaps, extreme_pairs, label_agreement, plot_accuracy_by_gap, plot_gaps, split_by_gap, swap_labels, threshold_sweep
+
+matplotlib.use('Agg')
+FORMS = 'hard', 'easy', 'swap', 'drop'
+
+
+def pairs(gaps, **columns):
+    n = len(gaps)
+    return Dataset.from_dict(dict(prompt=[f'p{i}' for i in range(n)], chosen=[f'c{i}' for i in range(n)], rejected=[f'r{i}' for i in range(n)],
+                                  reward_chosen=[float(g) for g in gaps], reward_rejected=[0.]*n, gap=[float(g) for g in gaps], **columns))
+
+
+def rows(sets): return {k: list(d['source_row']) for k, d in sets.items()}
+
+
+GAPS = [-2., -1., -.5, 0., .5, 1., 2.]
+RULE = dict(hard=('HHHHHHE', ), easy=('EHHHHHE', ), swap=('EHHHHHE', ), drop=('AHHHHHE', ))
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_boundaries(form):
+    "A gap of exactly the threshold is hard on either side; only what lies beyond -threshold depends on `disagree`"
+    sets = split_by_gap(pairs(GAPS), threshold=1, disagree=form)
+    letter = {r: k[0].upper() for k, rs in rows(sets).items() for r in rs}
+    assert ''.join(letter[i] for i in range(7)) == RULE[form][0]
+    assert list(sets) == ['easy', 'hard'] + ['aside']*(form == 'drop')
+
+
+@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('how', [dict(threshold=0), dict(easy_fraction=1.)])
+def test_gap_zero_is_never_easy(form, how):
+    sets = split_by_gap(pairs([0., 1., 0., -1.]), disagree=form, **how)
+    assert {0, 2} <= set(sets['hard']['source_row']) and 1 in sets['easy']['source_row']
+
+
+@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('how', [dict(threshold=0), dict(threshold=.7), dict(threshold=99), dict(easy_fraction=0.), dict(easy_fraction=.3), dict(easy_fraction=1.)])
+def test_every_pair_is_in_exactly_one_set(form, how):
+    gaps = np.random.default_rng(0).normal(size=200).round(1)   # many ties
+    sets = split_by_gap(pairs(gaps), disagree=form, **how)
+    assert sorted(sum(rows(sets).values(), [])) == list(range(200))
+    assert all(s == k for k, d in sets.items() for s in d['set'])
+    for d in sets.values(): assert list(d['source_row']) == sorted(d['source_row']), 'the order of the rows is kept'
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_fraction_and_threshold_agree(form):
+    "Without ties, the split at the largest size left is the same split"
+    gaps = np.random.default_rng(1).normal(size=101)
+    sets = split_by_gap(pairs(gaps), easy_fraction=.25, disagree=form)
+    assert len(sets['easy']) == round(.25*101)
+    size = np.abs(gaps) if form in ('easy', 'swap') else gaps
+    rest = np.delete(size, sets['easy']['source_row'])
+    assert rows(sets) == rows(split_by_gap(pairs(gaps), threshold=max(rest.max(), 0), disagree=form))
+
+
+def test_ties_do_not_depend_on_the_order_of_rows():
+    ds = split_by_gap(pairs([1.]*10), threshold=5)['hard'].remove_columns('set')   # has source_row
+    a, b = (split_by_gap(d, easy_fraction=.4)['easy'] for d in (ds, ds.shuffle(seed=3)))
+    assert list(a['source_row']) == sorted(b['source_row']) == [0, 1, 2, 3]
+
+
+def test_swap_exchanges_all_paired_columns():
+    ds = pairs([2., -3.], gold_chosen=[1., -1.], gold_rejected=[0., 1.], flipped=[False, True], ids_chosen=[[1], [2]], ids_rejected=[[3], [4]], note=['a', 'b'])
+    easy = split_by_gap(ds, threshold=1, disagree='swap')['easy']
+    assert easy[0]['swapped'] is False and {k: easy[0][k] for k in ds.column_names} == ds[0]
+    assert easy[1] | dict(prompt='p1', chosen='r1', rejected='c1', reward_chosen=0., reward_rejected=-3., gap=3., gold_chosen=1., gold_rejected=-1., flipped=False,
+                          ids_chosen=[4], ids_rejected=[2], note='b', swapped=True, source_row=1) == easy[1]
+    assert swap_labels(swap_labels(ds, [True, True]), [True, True]).remove_columns('swapped')[:] == ds[:]
+
+
+def test_item60_side_columns_survive_split_and_file(tmp_path):
+    ds = add_gaps(Dataset.from_dict(dict(prompt=list('abcd'), chosen=['1', '22', '3', '4444'], rejected=['', '1', '333', '4'], who=list('wxyz'))), lambda p, c: [len(x) for x in c])
+    assert list(ds['gap']) == [1, 1, -2, 3] and list(ds['source_row']) == [0, 1, 2, 3]
+    sets = split_by_gap(ds.shuffle(seed=1), threshold=1)
+    for k, d in sets.items():
+        d.to_parquet(tmp_path/f'{k}.parquet')
+        back = load_dataset('parquet', data_files=str(tmp_path/f'{k}.parquet'), split='train', cache_dir=str(tmp_path/'cache'))
+        for r in back: assert {c: r[c] for c in ds.column_names} == ds[r['source_row']] and r['set'] == k
+
+
+def test_scoring_again_replaces_scores_but_not_source_rows():
+    ds = add_gaps(pairs([0.]*3), lambda p, c: np.arange(3.)).select([2, 0])
+    again = add_gaps(ds, lambda p, c: [float(x[0] == 'c') for x in c])
+    assert list(again['gap']) == [1., 1.] and list(again['source_row']) == [2, 0]
+
+
+def test_item55_a_constant_added_to_rewards_changes_nothing():
+    ds, score = pairs([0.]*50), lambda p, c: np.array([hash((x[0] == 'c', int(x[1:])*7919 % 31)) % 97/8 for x in c])
+    a, b = (split_by_gap(add_gaps(ds, f), easy_fraction=.4) for f in (score, lambda p, c: score(p, c) + 1024.))
+    assert rows(a) == rows(b)
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf])
+def test_a_gap_that_is_no_number_names_its_row(bad):
+    with pytest.raises(UserError, match='row 2'): split_by_gap(pairs([1., 2., bad]), threshold=1)
+    with pytest.raises(UserError, match='row 1'): add_gaps(pairs([1., 2.]), lambda p, c: [0., bad if c[0] == 'c0' else 1.])
+
+
+@pytest.mark.parametrize('kw, message', [
+    (dict(), 'one of the two'), (dict(threshold=1, easy_fraction=.5), 'one of the two'), (dict(threshold=-1), 'threshold is -1'), (dict(threshold=np.nan), 'threshold is nan'),
+    (dict(easy_fraction=50), 'easy_fraction is 50'), (dict(easy_fraction=np.nan), 'easy_fraction is nan'), (dict(threshold=1, disagree='keep'), "'keep'")])
+def test_bad_arguments(kw, message):
+    with pytest.raises(UserError, match=message): split_by_gap(pairs(GAPS), **kw)
+
+
+def test_other_user_errors():
+    with pytest.raises(UserError, match='add_gaps'): split_by_gap(pairs(GAPS).remove_columns('gap'), threshold=1)
+    with pytest.raises(UserError, match='one number each'): add_gaps(pairs(GAPS), lambda p, c: [1.])
+    with pytest.raises(UserError, match='neither'): plot_accuracy_by_gap(pairs(GAPS))
+
+
+def test_accuracy_by_gap_counts_by_hand():
+    "Bins hold their upper edge; ties in truth are left out of the shares; a judge stands in for gold"
+    gold = dict(gold_chosen=[1., 0., 1., 1., 0.], gold_rejected=[0., 1., 0., 1., 1.])
+    ds = pairs([-1., 0., 1., 1., 2.], **gold)
+    t = accuracy_by_gap(ds, bins=(-np.inf, 0, 1, 5))
+    assert t['n'].tolist() == [2, 2, 1]
+    np.testing.assert_allclose(t['label_right'], [.5, 1., 0.])
+    np.testing.assert_allclose(t['model_right'], [.5, 1., 0.])   # -1: says rejected, wrong; 0: no preference counts as rejected, right
+    judge = ds.rename_columns({k: k.replace('gold', 'judge') for k in gold})
+    np.testing.assert_array_equal(accuracy_by_gap(judge, (-np.inf, 0, 1, 5)), t)
+    assert 'label_right' not in accuracy_by_gap(pairs(GAPS))
+
+
+def test_label_agreement_counts_half_for_no_gap():
+    assert label_agreement(pairs([1., -1., 0., 0.])) == .5 and label_agreement(pairs([2., 1., 0.])) == pytest.approx(2.5/3)
+
+
+def test_sweep_and_extremes():
+    ds = pairs(GAPS, gold_chosen=[0., 1, 1, 1, 1, 1, 1], gold_rejected=[1., 0, 0, 0, 0, 0, 0])
+    s = threshold_sweep(ds, [0, 1, 3], 'drop').set_index('threshold')
+    np.testing.assert_allclose(s['easy'], [3/7, 1/7, 0])
+    np.testing.assert_allclose(s['aside_right'], [2/3, 0, np.nan])
+    e = extreme_pairs(ds, 1)
+    assert dict(zip(e['kind'], e['gap'])) == dict(easiest=2., hardest=0., contradicted=-2.)
+
+
+def test_plots_draw_where_they_are_told():
+    import matplotlib.pyplot as plt
+    fig, (a, b) = plt.subplots(1, 2)
+    ds = pairs(GAPS, gold_chosen=[1.]*7, gold_rejected=[0.]*7)
+    sets = split_by_gap(ds, threshold=1, disagree='drop')
+    assert plot_gaps(sets, threshold=1, ax=a) is a and plot_accuracy_by_gap(ds, ax=b) is b
+    assert [t.get_text() for t in a.get_legend().get_texts()] == ['easy (1)', 'hard (5)', 'aside (1)']
+    for x in (a, b): assert x.get_title() and x.get_xlabel() and x.get_ylabel()
+    from datasets import concatenate_datasets
+    plot_gaps(concatenate_datasets(list(sets.values())), ax=a)
+    assert sum(p.get_height() for c in a.containers[-1:] for p in c) >= 1
+    plt.close(fig)
