@@ -3,12 +3,13 @@
 Each docstring says in brackets which mutation of the code makes the test fail."""
 import copy
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
-from transformers import GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 from mpo_nb import logprobs as L
 from mpo_nb.data import UserError
@@ -292,10 +293,18 @@ def test_item31_the_reference_samples_from_itself(tok):
 TEXTS = [('Answer: hello', ' world'), ('Ans', 'wer: hello'), ('hello wor', 'ld, the answer'), ('the answer is ', 'here.'), ('the answer is', ' here.'),
          ('\n\nAssistant:', ' hello'), ('hello', '\n\nworld'), ('a', 'b'), ('hello world,', 'the')]
 
-@pytest.mark.parametrize('kind', ['gpt2', 'llama', 'closing'])
+def tokenizer(kind):
+    if kind != 'stories260K': return bpe(kind)
+    folder = Path(__file__).parents[2]/'shared'/'models'/kind
+    if not folder.exists(): pytest.skip(f'the pretrained model {kind} is not beside the project, in shared/models')
+    tok = AutoTokenizer.from_pretrained(folder)
+    tok.pad_token = tok.pad_token or tok.eos_token
+    return tok
+
+@pytest.mark.parametrize('kind', ['gpt2', 'llama', 'closing', 'stories260K'])
 def test_item35_tokens_never_merge_across_the_boundary(kind):
     "Prompts that end in a space or mid-word: the prompt's ids are those of generation, prompt + completion decodes to the text [fails when the completion is encoded alone]"
-    tok = bpe(kind)
+    tok = tokenizer(kind)
     for prompt, completion in TEXTS:
         head, ids = encode_prompt(tok, prompt), encode_completion(tok, prompt, completion)
         assert head == [i for i in tok(prompt)['input_ids'] if i != tok.eos_token_id]
@@ -305,10 +314,10 @@ def test_item35_tokens_never_merge_across_the_boundary(kind):
         assert encode_completion(tok, prompt, completion, eos=False) == ids[:-1]
 
 
-@pytest.mark.parametrize('kind', ['gpt2', 'llama', 'closing'])
+@pytest.mark.parametrize('kind', ['gpt2', 'llama', 'closing', 'stories260K'])
 def test_item36_one_eos_at_the_end_one_bos_at_the_start(kind):
     "Also where the tokenizer closes every text with EOS, or the completion's text already ends in it [fails when the trailing EOS isn't stripped before one is added]"
-    tok = bpe(kind)
+    tok = tokenizer(kind)
     for prompt, completion in TEXTS + [('hello', ''), ('Answer:', ' hello' + tok.eos_token), ('hello', tok.eos_token * 2)]:
         ids = encode_prompt(tok, prompt) + encode_completion(tok, prompt, completion)
         assert None not in ids

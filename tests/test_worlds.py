@@ -65,7 +65,7 @@ def test_completions_fit(toy):
 
 def test_tokenizer_same_in_every_process():
     import subprocess, sys
-    code = 'from mpo_nb.worlds import ToyWorld; w=ToyWorld(); d=w.demonstrations(50); print(w.tokenizer().get_vocab()[" moo"], hash(0), d[:]["completion"], w.people.mistake)'
+    code = 'from mpo_nb.worlds import ToyWorld; w=ToyWorld(); d=w.demonstrations(50); print(w.tokenizer().get_vocab()[" moo"], hash(0), d[:]["completion"], w.people.known)'
     out = {subprocess.run([sys.executable, '-c', code], env={**os.environ, 'PYTHONHASHSEED': h}, capture_output=True, text=True, check=True).stdout for h in ('1', '2')}
     assert len(out) == 1
 
