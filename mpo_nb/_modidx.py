@@ -69,6 +69,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'mpo_nb.dpo.shared_mask': ('dpo.html#shared_mask', 'mpo_nb/dpo.py'),
                             'mpo_nb.dpo.sharing_works': ('dpo.html#sharing_works', 'mpo_nb/dpo.py')},
             'mpo_nb.evaluate': { 'mpo_nb.evaluate.HTMLTable': ('evaluate.html#htmltable', 'mpo_nb/evaluate.py'),
+                                 'mpo_nb.evaluate.HTMLTable.__repr__': ('evaluate.html#htmltable.__repr__', 'mpo_nb/evaluate.py'),
                                  'mpo_nb.evaluate.HTMLTable._repr_html_': ('evaluate.html#htmltable._repr_html_', 'mpo_nb/evaluate.py'),
                                  'mpo_nb.evaluate._axes': ('evaluate.html#_axes', 'mpo_nb/evaluate.py'),
                                  'mpo_nb.evaluate._check_prompts': ('evaluate.html#_check_prompts', 'mpo_nb/evaluate.py'),

@@ -50,7 +50,7 @@ def _finite_scores(scores, policy, ids, prompts):
 # %% ../nbs/08_evaluate.ipynb #3244e708
 def best_of_n_kl(n:int): # completions a prompt
     "KL(best-of-n || base) in nats: exact without ties, otherwise an upper bound"
-    return np.log(n) - (n-1)/n
+    return float(np.log(n) - (n-1)/n)
 
 # %% ../nbs/08_evaluate.ipynb #24593803
 def kl_to_ref(
@@ -307,7 +307,7 @@ def plot_scores(
         mean, _, ci = mean_ci(wide[name])
         ax.errorbar(mean, i + 1, xerr=[[mean - ci[0]], [ci[1] - mean]], fmt='o', color=f'C{i}', capsize=3)
     ax.set_yticks(range(1, wide.shape[1] + 1), wide.columns)
-    ax.set(title=f'{column} of {len(wide)} prompts (dot: mean, 95% interval)', xlabel=column)
+    ax.set(title=f'{column} of {len(wide)} prompts (dot: mean, 95% interval)', xlabel=f"{column}, judge's units")
     ax.invert_yaxis()
     return ax
 
@@ -326,9 +326,10 @@ def plot_frontier(
         if np.isnan(r.kl): ax.axhline(r.score, color=f'C{i}', ls=':', label=f'{name} (KL unknown)'); continue
         x, half = f(r.kl), 1.96*r.kl_se
         ax.errorbar(x, r.score, yerr=1.96*r.score_se, xerr=[[x - f(r.kl - half)], [f(r.kl + half) - x]], fmt='o', capsize=2, color=f'C{i}')
-        ax.annotate(name, (x, r.score), xytext=(6, 6), textcoords='offset points', color=f'C{i}')
+        side = -1 if x > f(table.kl.max()) / 2 else 1   # names of the right half stand to the left of their dot
+        ax.annotate(name, (x, r.score), xytext=(6*side, 6), textcoords='offset points', color=f'C{i}', ha='left' if side > 0 else 'right')
     if table.kl.isna().any(): ax.legend()
-    ax.set(title=f'{column} against KL, {int(table.n.iloc[0])} prompts, 95% intervals', xlabel='√KL to SFT, √nats' if sqrt_kl else 'KL to SFT, nats a completion', ylabel=f'mean {column}')
+    ax.set(title=f'{column} against KL, {int(table.n.iloc[0])} prompts, 95% intervals', xlabel='√KL to SFT, √nats' if sqrt_kl else 'KL to SFT, nats a completion', ylabel=f"mean {column}, judge's units")
     ax.margins(.15)
     return ax
 
@@ -354,6 +355,7 @@ def plot_win_rates(
 class HTMLTable(str):
     "HTML text that a notebook shows as a table"
     def _repr_html_(self): return str(self)
+    def __repr__(self): return f'HTML table, {len(self)} characters'
 
 def _escape(text, max_chars):
     "`text` safe inside HTML, with visible line breaks, cut at `max_chars`"
