@@ -439,20 +439,20 @@ def _save(self: PPOTrainer, output_dir=None, state_dict=None):
     self.policy.save_pretrained(out)
     self.processing_class.save_pretrained(out)
     self.model.critic.save_pretrained(out/'critic')
+    rank, pending = self.accelerator.process_index, self.metrics_seen.seen['train']
+    if pending: (out/f'metrics-{rank}.json').write_text(json.dumps(pending))   # what the next log will average
     if self.experience is not None and self.state.global_step % self.args.steps_per_rollout:
-        rank = self.accelerator.process_index
         _save_experience(self.experience, self.rollout_index, out/f'rollout-{rank}.safetensors')
-        (out/f'metrics-{rank}.json').write_text(json.dumps(self.metrics_seen.seen['train']))   # what the next log averages
 
 @patch
 def _load_from_checkpoint(self: PPOTrainer, resume_from_checkpoint, model=None):
     "Put policy, critic and an unfinished rollout back"
     for part, folder in ((self.policy, Path(resume_from_checkpoint)), (self.model.critic, Path(resume_from_checkpoint)/'critic')):
         part.load_state_dict(type(part).from_pretrained(folder, dtype=part.dtype).state_dict())
-    rollout, metrics = (Path(resume_from_checkpoint)/f'{k}-{self.accelerator.process_index}' for k in ('rollout', 'metrics'))
-    if rollout.with_suffix('.safetensors').exists():
-        self.experience, self.rollout_index = _load_experience(rollout.with_suffix('.safetensors'))
-        self.metrics_seen.seen['train'].update(json.loads(metrics.with_suffix('.json').read_text()))
+    rank = self.accelerator.process_index
+    rollout, metrics = Path(resume_from_checkpoint)/f'rollout-{rank}.safetensors', Path(resume_from_checkpoint)/f'metrics-{rank}.json'
+    if rollout.exists(): self.experience, self.rollout_index = _load_experience(rollout)
+    if metrics.exists(): self.metrics_seen.seen['train'].update(json.loads(metrics.read_text()))
 
 # %% ../nbs/07_ppo.ipynb #a996d41d
 def log_curve(trainer, key):

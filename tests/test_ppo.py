@@ -595,14 +595,14 @@ def test_item28_gradient_checkpointing_changes_no_number(tmp_path):
     runs = {}
     for on in (False, True):
         policy, widths = talker('llama'), []
-        t = ppo_trainer(tmp_path, policy, activation_checkpointing=on)
+        t = ppo_trainer(tmp_path, policy, activation_checkpointing=on, num_rollouts=2)
         policy.register_forward_pre_hook(lambda m, a, kw: widths.append((m.training, kw['input_ids'].shape[1])), with_kwargs=True)
         t.train()
         runs[on] = t, widths
         layer = t.policy.model.layers[0]
         assert t.model.training and layer.training and bool(getattr(layer, 'gradient_checkpointing', False)) == on
     sampled = [w for training, w in runs[True][1] if not training]
-    assert sampled.count(1) >= 5
+    assert sampled.count(1) >= 2 * 5
     assert distance(weights(runs[False][0].model), weights(runs[True][0].model)) < 1e-6
 
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import nn
 from transformers import AutoModelForCausalLM, GemmaConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, TrainerCallback
 
-from mpo_nb.worlds import get_world
+from mpo_nb.worlds import ABSURD, get_world, word_tokenizer
 
 KINDS = 'gpt2', 'llama', 'neox', 'qwen2', 'gemma'
 
@@ -21,8 +21,12 @@ KINDS = 'gpt2', 'llama', 'neox', 'qwen2', 'gemma'
 @cache
 def toy_world(): return get_world('toy')
 
+def absurd(text):
+    "Does the text hold one of the absurd objects? The seeds of these tests were chosen for a vocabulary without them"
+    return any(f' {o}.' in text for os in ABSURD.values() for o in os)
+
 @cache
-def toy_tokenizer(): return toy_world().model(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)[1]
+def toy_tokenizer(): return word_tokenizer(toy_world().all_prompts() + [f' {s}' for s in toy_world().book if not absurd(f' {s}')])
 
 def pad_is_eos(tok):
     "The same tokenizer with its EOS token as pad token"
@@ -110,8 +114,9 @@ def toy_prompts(n, seed=0): return toy_world().prompts(n, seed)
 def toy_pairs(n=8, seed=0):
     "Preference pairs of the toy world, prompts and completions of unequal length"
     w = toy_world()
-    good, bad = w.demonstrations(n, seed=seed), w.demonstrations(n, seed=seed + 1)
-    return Dataset.from_dict(dict(prompt=good['prompt'], chosen=good['completion'], rejected=bad['completion']))
+    good, bad = w.demonstrations(20 * n, seed=seed), w.demonstrations(20 * n, seed=seed + 1)
+    rows = [r for r in zip(good['prompt'], good['completion'], bad['completion']) if not absurd(r[1] + r[2])][:n]
+    return Dataset.from_dict(dict(zip(('prompt', 'chosen', 'rejected'), map(list, zip(*rows)))))
 
 # ---- what a run has logged
 
