@@ -256,7 +256,7 @@ def rollout_rows(n, batch_size, k, seed):
 
 # %% ../nbs/07_ppo.ipynb #487449f3
 def frozen_reference(ref_model, policy):
-    "The reference in eval mode without gradients: `ref_model`, or a copy of the policy as it is now"
+    "The reference in eval mode without gradients: `ref_model` itself (frozen in place), or a copy of the policy as it is now"
     if ref_model is None: ref_model = copy.deepcopy(policy)
     ours = {p.data_ptr() for p in policy.parameters()}
     if any(p.data_ptr() in ours for p in ref_model.parameters()):

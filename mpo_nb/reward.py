@@ -343,10 +343,10 @@ TOY_SIZE = dict(hidden_size=96, num_hidden_layers=2, num_attention_heads=4, inte
 def _build_toy(folder, world, seed, n_demos, n_pairs, sft_steps, reward_epochs):
     "Train the toy setup and write it to `folder`"
     start, (model, tok) = time.perf_counter(), world.model(seed, **TOY_SIZE)
-    sft, sft_log = train_sft(model, tok, world.demonstrations(n_demos, seed), seed=seed, max_steps=sft_steps, learning_rate=2e-3, warmup_steps=20,
+    sft, sft_log = train_sft(model, tok, world.demonstrations(n_demos, seed), seed=seed, max_steps=sft_steps, learning_rate=3e-3, warmup_steps=20,
                              lr_scheduler_type='cosine', per_device_train_batch_size=32)
     draw = lambda prompts, s: sample(sft, tok, prompts, world.max_tokens, seed=s, batch_size=256).completions
-    pairs = split_by_prompt(world.pairs(draw, n_pairs, seed + 1), test=.1, seed=seed)
+    pairs = split_by_prompt(world.pairs(draw, n_pairs, seed + 1), test=.15, seed=seed)
     train = pairs['train']
     reward, reward_log = train_reward(sft, tok, train, pairs['test'], seed=seed, num_train_epochs=reward_epochs, learning_rate=1e-3, warmup_steps=10,
                                       per_device_train_batch_size=32)
@@ -358,8 +358,8 @@ def _build_toy(folder, world, seed, n_demos, n_pairs, sft_steps, reward_epochs):
 def toy_setup(
     seed: int = 0,            # Seed of everything
     n_demos: int = 2000,      # Demonstrations for SFT
-    n_pairs: int = 3300,      # Preference pairs; a tenth of the prompts is held out
-    sft_steps: int = 250,     # Optimizer steps of SFT, 32 rows each
+    n_pairs: int = 3300,      # Preference pairs; those of 15% of the prompts are held out
+    sft_steps: int = 300,     # Optimizer steps of SFT, 32 rows each
     reward_epochs: int = 3,   # Passes over the pairs
     topics: int = 6,          # Size of the world: harmless topics, fewer than in the recipe, so that few pairs suffice
     harmful: int = 3,         # and harmful ones

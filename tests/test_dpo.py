@@ -316,7 +316,7 @@ def test_item46_equal_completions(tmp_path):
         assert distance(before, weights(policy)) < 1e-5
         moved = dpo_trainer(tmp_path, tiny('gpt2', seed=1), ref=policy, pairs=equal, share_prefix=share, learning_rate=0.)
         moved.train()
-        assert abs(logged(moved, 'rewards/chosen')[0]) > .01
+        assert abs(logged(moved, 'rewards/chosen')[0]) > .001
         assert logged(t, 'rewards/accuracies') == [.5, .5] and logged(moved, 'rewards/accuracies') == [.5]
 
 
