@@ -42,6 +42,7 @@ def dpo_loss(
 ) -> tuple:                        # losses [B], implicit rewards of chosen [B] and rejected [B] (detached)
     "Loss of each pair (Rafailov et al. 2023, eq. 7, and relatives) with the implicit rewards"
     check_loss(loss_type, label_smoothing)
+    if loss_type == 'ipo' and lengths is None: raise UserError('IPO compares log-ratios per token: give lengths=(tokens of chosen, tokens of rejected)')
     chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
     m = beta * (chosen - rejected)
     right, wrong = -F.logsigmoid(m), -F.logsigmoid(-m)

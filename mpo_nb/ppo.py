@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['token_values', 'entropy', 'ActorCritic', 'rows_of', 'evaluate_samples', 'token_rewards', 'gae', 'whiten',
            'policy_loss', 'value_loss', 'Experience', 'make_experience', 'ppo_losses', 'combined_reward',
-           'checked_scores', 'PPOConfig', 'rollout_rows', 'frozen_reference', 'make_critic', 'PPOTrainer',
-           'explained_variance', 'log_curve']
+           'checked_scores', 'PPOConfig', 'rollout_rows', 'rollout_seed', 'frozen_reference', 'make_critic',
+           'PPOTrainer', 'explained_variance', 'log_curve']
 
 # %% ../nbs/07_ppo.ipynb #c2f739cd
 import copy
@@ -27,7 +27,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from .data import UserError
 from .dpo import Metrics, disable_dropout
-from .logprobs import (Batch, Samples, _accepts, check_sampling, check_tokenizer, collate, completion_logits, completion_logprobs, gather_logprobs, inference,
+from .logprobs import (Batch, Samples, _accepts, check_sampling, check_tokenizer, collate, completion_logits, completion_logprobs, encode_prompt, gather_logprobs, inference,
                              kl_k1, masked_mean, masked_sum, sample, seeded)
 from .reward import RewardModel, reward_model_from
 
@@ -61,8 +61,9 @@ class ActorCritic(nn.Module):
         with torch.no_grad(): h = entropy(logits, mask)
         return gather_logprobs(logits, completion_ids, mask), h, token_values(self.critic, batch)
 
-    def gradient_checkpointing_enable(self, **kw):
-        for m in (self.policy, self.critic): m.gradient_checkpointing_enable(**kw)
+    def activation_checkpointing_enable(self, **kw):
+        for m in (self.policy, self.critic): m.activation_checkpointing_enable(**kw)
+    gradient_checkpointing_enable = activation_checkpointing_enable   # the older name
 
 # %% ../nbs/07_ppo.ipynb #1afb1591
 def rows_of(samples, rows, pad_id, device=None):
@@ -254,6 +255,11 @@ def rollout_rows(n, batch_size, k, seed):
     start = k * batch_size - passes[0] * n
     return stream[start:start + batch_size].tolist()
 
+# %% ../nbs/07_ppo.ipynb #c4261f14
+def rollout_seed(seed, k, rank=0):
+    "Seed of the sampling in rollout `k` on process `rank`: no two rollouts or processes share one"
+    return ((seed * 1_000_003 + k) * 1_009 + rank) % 2**63
+
 # %% ../nbs/07_ppo.ipynb #487449f3
 def frozen_reference(ref_model, policy):
     "The reference in eval mode without gradients: `ref_model` itself (frozen in place), or a copy of the policy as it is now"
@@ -310,7 +316,7 @@ class PPOTrainer(Trainer):
         "The prompts that are short enough; the others are counted"
         if 'prompt' not in ds.column_names: raise UserError(f'the {name} data has no column prompt: it has {", ".join(ds.column_names)}')
         if args.max_prompt_length is None: return ds
-        fits = [i for i, ids in enumerate(tok(ds['prompt'])['input_ids']) if len(ids) <= args.max_prompt_length]
+        fits = [i for i, p in enumerate(ds['prompt']) if len(encode_prompt(tok, p)) <= args.max_prompt_length]
         if not fits: raise UserError(f'no {name} prompt has at most max_prompt_length={args.max_prompt_length} tokens')
         if len(fits) < len(ds): logging.getLogger('mpo_nb').warning(f'{len(ds) - len(fits)} of {len(ds)} {name} prompts are longer than max_prompt_length={args.max_prompt_length} and set aside')
         return ds.select(fits)
@@ -392,7 +398,7 @@ def _rollout(self: PPOTrainer, k):
     if k == 0: check_sampling(self.policy, self.processing_class, self.train_dataset[0]['prompt'], self.args.temperature)
     start, a, rank, world_size = time.perf_counter(), self.args, self.accelerator.process_index, self.accelerator.num_processes
     rows = rollout_rows(len(self.train_dataset), a.rollout_batch_size, k, a.seed)[rank::world_size]
-    seed = ((a.seed * 1_000_003 + k) * 1_009 + rank) % 2**63
+    seed = rollout_seed(a.seed, k, rank)
     samples, scores, (logprobs, ref_logprobs, values, _, mask), stats = self._sample_and_score(self.train_dataset.select(rows)['prompt'], seed)
     self.experience = make_experience(samples, scores, logprobs, ref_logprobs, values, mask, a.kl_coef, a.gamma, a.lam, self._total)
     self.rollout_index = k
@@ -405,6 +411,7 @@ def _rollout(self: PPOTrainer, k):
 def evaluate(self: PPOTrainer, eval_dataset=None, ignore_keys=None, metric_key_prefix='eval'):
     "Sample once for every evaluation prompt: score, KL to the reference, length, EOS rate and the monitors"
     ds = self.eval_dataset if eval_dataset is None else eval_dataset
+    if ds is None: raise UserError('no evaluation prompts: pass eval_dataset to PPOTrainer or to evaluate()')
     rows = range(self.accelerator.process_index, len(ds), self.accelerator.num_processes)
     *_, stats = self._sample_and_score(ds.select(rows)['prompt'], self.args.seed)
     stats = {f'{metric_key_prefix}_{k}': v for k, v in stats.items()}
