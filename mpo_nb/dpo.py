@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['LOSS_TYPES', 'check_loss', 'dpo_loss', 'encode_pair', 'encode_pairs', 'collate_pairs', 'plain_logps', 'shared_mask',
-           'shared_logps', 'sharing_works', 'DPOConfig', 'disable_dropout', 'Metrics', 'DPOTrainer']
+           'shared_logps', 'sharing_works', 'pair_length', 'all_logps', 'DPOConfig', 'disable_dropout', 'Metrics',
+           'DPOTrainer']
 
 # %% ../nbs/06_dpo.ipynb #b4f7937e
 import logging
 from collections import defaultdict
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
@@ -18,7 +20,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from .data import UserError
-from .logprobs import Batch, _pad, check_tokenizer, completion_logprobs, encode_completion, encode_prompt, gather_logprobs, inference, seeded, sequence_logprobs
+from .logprobs import Batch, _pad, check_tokenizer, completion_logprobs, encode_completion, encode_prompt, gather_logprobs, inference, seeded
 
 # %% ../nbs/06_dpo.ipynb #076b4e8d
 LOSS_TYPES = ('sigmoid', 'robust', 'hinge', 'ipo')
@@ -54,9 +56,12 @@ def dpo_loss(
 
 # %% ../nbs/06_dpo.ipynb #fdfb16fa
 def encode_pair(row, tok, max_prompt_length=None):
-    "Ids of prompt (its last `max_prompt_length` tokens), chosen and rejected (each with one EOS)"
+    "Ids of prompt (its last `max_prompt_length` tokens, BOS kept), chosen and rejected (each with one EOS)"
     p = encode_prompt(tok, row['prompt'])
-    return {'prompt_ids': p[-max_prompt_length:] if max_prompt_length else p,
+    if max_prompt_length and len(p) > max_prompt_length:
+        bos = p[:1] if p[0] == tok.bos_token_id else []
+        p = bos + p[len(p) - max_prompt_length + len(bos):]
+    return {'prompt_ids': p,
             **{f'{side}_ids': encode_completion(tok, row['prompt'], row[side]) for side in ('chosen', 'rejected')}}
 
 def encode_pairs(
@@ -140,6 +145,28 @@ def sharing_works(model, pairs, tol=1e-3):
         except (TypeError, ValueError, RuntimeError, IndexError): return False   # the model refuses a 4-D mask or position ids
     return all(torch.allclose(a, b, rtol=tol, atol=tol * 10) for a, b in zip(plain, shared))
 
+# %% ../nbs/06_dpo.ipynb #55f24176
+def pair_length(row) -> int: # An encoded pair
+    "Tokens in a shared row"
+    return sum(len(row[f'{k}_ids']) for k in ('prompt', 'chosen', 'rejected'))
+
+def all_logps(
+    model,                 # Causal language model
+    pairs: Dataset,        # From `encode_pairs`
+    pad_id: int,           # Id for padding
+    batch_size: int = 32,  # Pairs at a time
+    share: bool = True,    # One row a pair
+) -> np.ndarray:           # [N, 2] nats
+    "log π(chosen|prompt) and log π(rejected|prompt) of every pair, without gradients and without dropout"
+    rows, forward, out = pairs.to_list(), shared_logps if share else plain_logps, np.zeros((len(pairs), 2))
+    order = sorted(range(len(rows)), key=lambda i: pair_length(rows[i]))
+    with inference(model):
+        for start in range(0, len(order), batch_size):
+            part = order[start:start + batch_size]
+            batch = {k: v.to(model.device) for k, v in collate_pairs([rows[i] for i in part], pad_id).items()}
+            out[part] = torch.stack(forward(model, batch), 1).double().cpu().numpy()
+    return out
+
 # %% ../nbs/06_dpo.ipynb #f5538a2e
 @dataclass
 class DPOConfig(TrainingArguments):
@@ -209,20 +236,21 @@ class DPOTrainer(Trainer):
     def _set_reference(self, ref_model):
         "Reference log-probs of every pair, and the choice of forward pass, before the first step"
         ref = (ref_model or self.model).to(self.args.device)
-        size, pad = self.args.per_device_eval_batch_size, self.processing_class.pad_token_id
-        for name in ('train_dataset', 'eval_dataset'):
-            ds = getattr(self, name)
-            if ds is None: continue
-            with self.accelerator.autocast():
-                logps = {f'ref_{side}': sequence_logprobs(ref, pad, ds['prompt_ids'], ds[f'{side}_ids'], size) for side in ('chosen', 'rejected')}
-            for k, v in logps.items(): ds = ds.add_column(k, v)
-            setattr(self, name, ds)
         some = self.train_dataset if self.train_dataset is not None else self.eval_dataset
-        longest = sorted(some, key=lambda r: sum(len(r[f'{k}_ids']) for k in ('prompt', 'chosen', 'rejected')))[-4:]
-        probe = self._prepare_inputs(self.data_collator(longest))
-        self.shares_prefix = self.args.share_prefix and sharing_works(self.model, probe)
+        probe = self._prepare_inputs(self.data_collator(sorted(some, key=pair_length)[-4:]))
+        self.shares_prefix = self.args.share_prefix and all(sharing_works(m, probe) for m in {self.model, ref})
         if self.args.share_prefix and not self.shares_prefix:
             self.log_pairs.warning(f'{type(self.model).__name__} cannot share a prompt between two completions in one row: using one row a completion')
+        for name in ('train_dataset', 'eval_dataset'):
+            if getattr(self, name) is not None: setattr(self, name, self._with_reference(ref, getattr(self, name)))
+
+    def _with_reference(self, ref, ds):
+        "Encoded pairs with the reference's log-probs"
+        size = max(self.args.per_device_train_batch_size, self.args.per_device_eval_batch_size)   # without gradients the larger fits too
+        with self.accelerator.autocast(): logps = all_logps(ref, ds, self.processing_class.pad_token_id, size, self.shares_prefix)
+        for i, side in enumerate(('chosen', 'rejected')): ds = ds.add_column(f'ref_{side}', logps[:, i])
+        return ds
+
     def train(self, *args, **kw):
         "`Trainer.train`; the order of the pairs follows from `args.seed` alone"
         with seeded(self.args.seed): return super().train(*args, **kw)

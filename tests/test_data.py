@@ -1,6 +1,5 @@
 "Preference data: every kind of bad input, the HH-RLHF and TL;DR contracts, the Hub path, conservation of rows on the real files"
 import gzip, json, os, subprocess, sys
-from collections import Counter
 from pathlib import Path
 
 import datasets, pandas as pd, pytest

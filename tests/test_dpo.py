@@ -5,11 +5,7 @@ import copy
 import json
 import logging
 import math
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +16,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, TrainerCallback
 from mpo_nb.data import UserError
 from mpo_nb.dpo import DPOConfig, collate_pairs, dpo_loss, encode_pair, encode_pairs, plain_logps, shared_logps, shared_mask
 from mpo_nb.logprobs import encode_prompt
-from util import (KINDS, AtTheEnd, TableLM, bpe, distance, dpo_trainer, end_state, fingerprint, logged, pad_is_eos, row_logps, tiny, toy_pairs, toy_tokenizer, weights)
+from util import (KINDS, AtTheEnd, TableLM, bpe, distance, dpo_trainer, end_state, fingerprint, in_a_new_process, logged, pad_is_eos, row_logps, tiny, toy_pairs, toy_tokenizer, weights)
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'own_random_state')
 
@@ -152,7 +148,6 @@ def test_item39_prompt_and_padding_never_enter_the_sum(kind):
         def hook(module, args, out):
             B, L = out.shape[:2]
             spoil = torch.ones(B, L, dtype=torch.bool)
-            completion = L == P + Tc + Tr if not shared else True
             for i, r in enumerate(PAIRS if shared else PAIRS * 2):
                 side = None if shared else ('chosen', 'rejected')[i >= len(PAIRS)]
                 if shared:
@@ -290,6 +285,14 @@ def test_item37_a_long_prompt_keeps_its_end(tok):
     "`max_prompt_length` cuts the beginning of both sides' prompt, and never a completion [fails when the end is cut]"
     (row,), aside = encode_pairs(Dataset.from_dict(dict(prompt=['cats dogs meow woof'], chosen=[' eat mice'], rejected=[' eat'])), tok, max_prompt_length=2, max_length=6)
     assert not aside and tok.decode(row['prompt_ids']) == ' meow woof' and len(row['chosen_ids']) == 3 and len(row['rejected_ids']) == 2
+
+
+def test_item37_a_cut_prompt_keeps_its_bos():
+    "A BOS stays in front of what is left of the prompt [fails when the first tokens are cut whatever they are]"
+    t = bpe('llama')
+    row = dict(prompt='the world of answers', chosen=' hello', rejected=' world')
+    whole, cut = (encode_pair(row, t, n)['prompt_ids'] for n in (None, 3))
+    assert whole[0] == t.bos_token_id and len(whole) > 3 and cut == whole[:1] + whole[-2:]
 
 
 def test_item38_a_row_that_does_not_fit_leaves_no_trace(tmp_path, caplog):
@@ -456,7 +459,7 @@ def test_item43_trl_accumulates_alike(steps, trl_runs, tmp_path):
 # ---- the reference
 
 def test_item44_the_reference_is_computed_before_training(tmp_path):
-    "Kept log-probs are those of the model at the start, for training and evaluation data, also after ten steps and with dropout configured [fails when `sequence_logprobs` returns its rows sorted by length]"
+    "Kept log-probs are those of the model at the start, for training and evaluation data, also after ten steps and with dropout configured [fails when `all_logps` returns its rows sorted by length]"
     policy = tiny('gpt2', dropout=.1).train()
     initial, test = copy.deepcopy(policy).eval(), toy_pairs(5, seed=7)
     t = dpo_trainer(tmp_path, policy, max_steps=10, learning_rate=.5, trainer=dict(eval_dataset=test))
@@ -567,11 +570,7 @@ def test_item26_resume_is_bitwise(step, straight, tmp_path):
 def test_item26_resume_is_bitwise_in_a_new_process(straight, tmp_path):
     "Another process with other random states, in the middle of the first epoch [fails when the order of the data comes from the global seed]"
     folder, end, _ = straight
-    code = ('import conftest, json, sys, torch; torch.set_num_threads(1); torch.manual_seed(99); from test_dpo import little_run, end_state;'
-            'print(json.dumps(end_state(little_run(sys.argv[1], sys.argv[2]))))')
-    p = subprocess.run([sys.executable, '-c', code, str(tmp_path), str(folder/'checkpoint-2')], cwd=Path(__file__).parent, env=os.environ, capture_output=True, text=True, timeout=600)
-    assert p.returncode == 0, p.stderr[-2000:]
-    assert json.loads(p.stdout.splitlines()[-1]) == json.loads(json.dumps(end))
+    assert in_a_new_process('test_dpo', tmp_path, folder/'checkpoint-2') == json.loads(json.dumps(end))
 
 
 def test_item26_a_checkpoint_is_a_policy(straight):

@@ -6,8 +6,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from mpo_nb.mpo import SEEDS, _started, check_folder, load_recipe, main, parse_recipe, recipe_keys, recipes, report, stages
-from mpo_nb.data import UserError
+from mpo_nb.mpo import SEEDS, check_folder, load_recipe, main, parse_recipe, recipe_keys, recipes, report, stages
 
 SIZE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
 TINY = dict(data=dict(pairs=300, demonstrations=300), eval=dict(prompts=24, samples=2), model=dict(size=SIZE),

@@ -5,11 +5,7 @@ import copy
 import gc
 import json
 import math
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,11 +14,11 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from mpo_nb import ppo
 from mpo_nb.data import UserError
-from mpo_nb.logprobs import Samples, collate, encode_prompt, kl_k1, masked_sum, sample
-from mpo_nb.ppo import (ActorCritic, Experience, PPOConfig, checked_scores, entropy, evaluate_samples, gae, make_experience, policy_loss, ppo_losses, rollout_rows,
+from mpo_nb.logprobs import Samples, collate, encode_prompt, masked_sum, sample
+from mpo_nb.ppo import (ActorCritic, PPOConfig, checked_scores, entropy, evaluate_samples, gae, make_experience, policy_loss, ppo_losses, rollout_rows,
                         token_rewards, token_values, value_loss, whiten)
 from mpo_nb.reward import RewardModel, reward_model_from, score_ids
-from util import (KINDS, AtTheEnd, distance, end_state, fingerprint, letters, logged, pad_is_eos, ppo_trainer, row_logps, steer, talker, tiny, toy_prompts, toy_tokenizer, weights)
+from util import (KINDS, AtTheEnd, distance, end_state, fingerprint, in_a_new_process, letters, logged, pad_is_eos, ppo_trainer, row_logps, steer, talker, tiny, toy_prompts, toy_tokenizer, weights)
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'own_random_state')
 
@@ -538,11 +534,7 @@ def test_item26_resume_is_bitwise(step, straight, tmp_path):
 def test_item26_resume_is_bitwise_in_a_new_process(straight, tmp_path):
     "The same from the middle of the first rollout, in another process with other random states [fails when an unfinished rollout isn't saved]"
     folder, end, _ = straight
-    code = ('import conftest, json, sys, torch; torch.set_num_threads(1); torch.manual_seed(99); from test_ppo import little_run, end_state;'
-            'print(json.dumps(end_state(little_run(sys.argv[1], sys.argv[2]))))')
-    p = subprocess.run([sys.executable, '-c', code, str(tmp_path), str(folder/'checkpoint-2')], cwd=Path(__file__).parent, env=os.environ, capture_output=True, text=True, timeout=600)
-    assert p.returncode == 0, p.stderr[-2000:]
-    assert json.loads(p.stdout.splitlines()[-1]) == json.loads(json.dumps(end))
+    assert in_a_new_process('test_ppo', tmp_path, folder/'checkpoint-2') == json.loads(json.dumps(end))
 
 
 def test_item26_a_checkpoint_is_a_policy(straight):

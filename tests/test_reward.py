@@ -20,14 +20,7 @@ from mpo_nb.reward import (RewardModel, StopOnNaN, bradley_terry_loss, last_toke
 DECODERS = 'gpt2', 'llama', 'neox'
 FAST = dict(learning_rate=1e-2, per_device_train_batch_size=4, lr_scheduler_type='constant')
 
-
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    "Models of 10,000 weights are slower on two threads than on one"
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def rm(kind='llama', tok=None, seed=0):

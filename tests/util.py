@@ -1,8 +1,13 @@
 "Tiny random models, tokenizers, trainers and plain references for the tests."
 import copy
 import hashlib
+import json
+import os
 import random
+import subprocess
+import sys
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -171,3 +176,11 @@ class AtTheEnd(TrainerCallback):
 def end_state(trainer):
     "What `AtTheEnd` saw, and the logs"
     return next(c for c in trainer.callback_handler.callbacks if isinstance(c, AtTheEnd)).state | dict(logs=logged(trainer))
+
+def in_a_new_process(module, folder, checkpoint):
+    "`end_state` of `little_run` of a test module, resumed from `checkpoint` by a process whose random generators stand elsewhere"
+    code = (f'import conftest, json, sys, torch; torch.set_num_threads(1); torch.manual_seed(99); from {module} import little_run, end_state;'
+            'print(json.dumps(end_state(little_run(sys.argv[1], sys.argv[2]))))')
+    p = subprocess.run([sys.executable, '-c', code, str(folder), str(checkpoint)], cwd=Path(__file__).parent, env=os.environ, capture_output=True, text=True, timeout=600)
+    assert p.returncode == 0, p.stderr[-2000:]
+    return json.loads(p.stdout.splitlines()[-1])
