@@ -103,6 +103,7 @@ class GapKeys:
     "The split by reward gap r(chosen) - r(rejected): give threshold or easy_fraction"
     threshold: float | None = key(None, 'pairs with a larger gap are easy')
     easy_fraction: float | None = key(None, 'or: this share of the pairs, those with the largest gaps, is easy')
+    folds: int | None = key(None, 'score each pair with a reward model that did not see its prompt: so many are trained besides the one of stage reward; null: score with that one')
     disagree: Literal['hard', 'easy', 'swap', 'drop'] = key('hard', 'what becomes of pairs whose label the reward model contradicts by more than the threshold')
 
 # %% ../nbs/11_mpo.ipynb #8e9ba507
@@ -278,7 +279,7 @@ def stage_keys(
     stage: str,  # Training stage
 ) -> dict:       # Keys of its section as they hold in this stage
     "The values a stage is trained with; `UserError` names a key of `dpo.easy` or `ppo.hard` that isn't one"
-    section, own = OVERRULED.get(stage, (dict(judge='reward').get(stage, stage), None))
+    section, own = OVERRULED.get(stage, (dict(judge='reward', gaps='reward').get(stage, stage), None))
     keys = dict(vars(getattr(r, section)))
     given, types = keys.get(own, {}), {f.name: f.type for f in fields(type(getattr(r, section)))}
     keys = {k: v for k, v in keys.items() if k not in ('name', 'easy', 'hard')}
@@ -308,8 +309,10 @@ def _check_sizes(r):
         v = flat(dataclasses.asdict(r))[k]
         if v is not None and not 0 < v < 1: raise bad(k, 'it must lie between 0 and 1')
     if (r.gap.threshold is None) == (r.gap.easy_fraction is None): raise UserError('give `gap.threshold` or `gap.easy_fraction`, one of them and not both (null takes one back)')
-    for k, least in {'data.max_prompt_length': 1, 'data.max_completion_length': 1, 'eval.prompts': 2}.items():
-        if flat(dataclasses.asdict(r))[k] < least: raise bad(k, f'it must be at least {least}')
+    if r.gap.folds is not None and r.reward.name: raise bad('gap.folds', 'a finished reward model (`reward.name`) has no folds; leave one of the two out')
+    for k, least in {'gap.folds': 2, 'data.max_prompt_length': 1, 'data.max_completion_length': 1, 'eval.prompts': 2}.items():
+        v = flat(dataclasses.asdict(r))[k]
+        if v is not None and v < least: raise bad(k, f'it must be at least {least}')
     if r.data.pairs is not None and r.data.pairs < 10: raise bad('data.pairs', 'at least 10 pairs are needed')
 
 def _check_source(r):
@@ -675,11 +678,23 @@ def the_judge(
     return RewardModel.load(run/'judge'), 'reward model trained on the half of the training prompts that no policy saw'
 
 # %% ../nbs/11_mpo.ipynb #c91134a6
+def _crossfitted(r, run, progress):
+    "The training pairs with gaps from reward models that did not see their prompts"
+    from mpo_nb.gap import crossfit_gaps
+    from mpo_nb.reward import reward_model_from, train_reward
+    def fit(pairs, fold):
+        model, tok = _load(run/'sft')
+        args = arguments(r, 'gaps', run)
+        args |= dict(seed=args['seed'] + 1000*fold, output_dir=f"{args['output_dir']}/fold-{fold}")
+        return train_reward(reward_model_from(model, tok, args['seed']), tok, pairs, callbacks=[watch(progress)], **_lengths(r), **args,
+                            resume_from_checkpoint=last_checkpoint(args['output_dir']))[0].center([*pairs['prompt'], *pairs['prompt']], [*pairs['chosen'], *pairs['rejected']])
+    return crossfit_gaps(_pairs(r, run, 'train'), fit, r.gap.folds, stage_seed(r, 'gaps'))
+
 def stage_gaps(r, run, out, progress):
     "Score the training pairs and split them; `gaps.parquet` in the run folder"
     from mpo_nb.gap import add_gaps, split_by_gap
     from mpo_nb.reward import RewardModel
-    ds = add_gaps(_pairs(r, run, 'train'), RewardModel.load(run/'reward'))
+    ds = _crossfitted(r, run, progress) if r.gap.folds else add_gaps(_pairs(r, run, 'train'), RewardModel.load(run/'reward'))
     if not r.world.name:
         judge = the_judge(r, run)[0]
         for k in ('chosen', 'rejected'): ds = ds.add_column(f'judge_{k}', judge(ds['prompt'][:], ds[k][:]))

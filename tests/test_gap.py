@@ -5,7 +5,8 @@ import pytest
 from datasets import Dataset, load_dataset
 
 from mpo_nb.data import UserError
-from mpo_nb.gap import accuracy_by_gap, add_gaps, extreme_pairs, label_agreement, plot_accuracy_by_gap, plot_gaps, split_by_gap, swap_labels, threshold_sweep
+from mpo_nb.gap import (accuracy_by_gap, add_gaps, calibration, crossfit_gaps, expected_calibration_error, extreme_pairs, fit_temperature, gap_threshold, label_agreement,
+                        noise_bound, plot_accuracy_by_gap, plot_gaps, prompt_folds, split_by_gap, swap_labels, threshold_sweep)
 
 matplotlib.use('Agg')
 FORMS = 'hard', 'easy', 'swap', 'drop'
@@ -155,3 +156,48 @@ def test_plots_draw_where_they_are_told():
     plot_gaps(concatenate_datasets(list(sets.values())), ax=a)
     assert sum(p.get_height() for c in a.containers[-1:] for p in c) >= 1
     plt.close(fig)
+
+
+# ---- cross-fitting and calibration
+
+def test_crossfitting_keeps_prompts_apart():
+    "Every pair is scored by the model whose training pairs hold no row of its prompt [fails when folds are made by row]"
+    prompts = [f'p{i % 12}' for i in range(40)]
+    ds = Dataset.from_dict(dict(prompt=prompts, chosen=[f'c{i}' for i in range(40)], rejected=[f'r{i}' for i in range(40)]))
+    def fit(pairs, fold):
+        seen = set(pairs['prompt'])
+        return lambda ps, cs: np.array([100. * (p in seen) * (c[0] == 'c') + fold for p, c in zip(ps, cs)])
+    got = crossfit_gaps(ds, fit, folds=4, seed=3)
+    assert set(got['gap']) == {0.} and got['reward_chosen'][:] == got['fold'][:]
+    assert all(s > 0 for s in got['gap_spread']) and got['chosen'][:] == ds['chosen'][:]
+
+
+@pytest.mark.parametrize('folds', [1, 13])
+def test_impossible_folds_are_refused(folds):
+    with pytest.raises(UserError, match='12 different prompts'): prompt_folds([f'p{i % 12}' for i in range(40)], folds)
+
+
+def test_folds_are_even_and_repeatable():
+    folds = prompt_folds([f'p{i}' for i in range(11)], 3, seed=1)
+    assert sorted(np.bincount(folds)) == [3, 4, 4] and (folds == prompt_folds([f'p{i}' for i in range(11)], 3, seed=1)).all() and (folds != prompt_folds([f'p{i}' for i in range(11)], 3, seed=2)).any()
+
+
+def test_temperature_is_that_of_the_labels():
+    "Labels drawn with sigmoid(gap / 2.5) give that temperature, calibrated confidences, and a bound that holds the rate [fails when the gap is multiplied by T]"
+    rng = np.random.default_rng(0)
+    size = np.abs(rng.normal(0, 3, 20000))
+    gaps = np.where(rng.random(len(size)) < 1/(1 + np.exp(-size/2.5)), size, -size)
+    T = fit_temperature(gaps)
+    assert T == pytest.approx(2.5, rel=.05)
+    assert expected_calibration_error(calibration(gaps, T)) < .015 < .1 < expected_calibration_error(calibration(gaps))
+    b = noise_bound(gaps, [f'{i // 2}' for i in range(len(gaps))], n_boot=50)
+    assert b['ci'][0] < np.mean(gaps < 0) < b['ci'][1] and b['ci'][0] < b['bound'] < b['ci'][1]
+
+
+def test_gap_threshold_is_where_a_label_is_wrong_so_often():
+    assert gap_threshold(.1, 2.) == pytest.approx(2*np.log(9))
+    for p in (0, .5, 1): pytest.raises(UserError, gap_threshold, p)
+
+
+def test_temperature_needs_both_signs():
+    with pytest.raises(UserError, match='both signs'): fit_temperature([1., 2.])

@@ -10,8 +10,8 @@ from mpo_nb.mpo import SEEDS, check_folder, load_recipe, main, parse_recipe, rec
 
 SIZE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
 TINY = dict(data=dict(pairs=300, demonstrations=300), eval=dict(prompts=24, samples=2), model=dict(size=SIZE),
-            sft=dict(max_steps=12, save_steps=4), reward=dict(max_steps=8, save_steps=3), dpo=dict(max_steps=8, save_steps=3),
-            ppo=dict(num_rollouts=3, save_steps=2, rollout_batch_size=16))
+            sft=dict(max_steps=12, save_steps=4), reward=dict(max_steps=8, save_steps=3), dpo=dict(max_steps=8, save_steps=3, easy={}),
+            ppo=dict(num_rollouts=3, save_steps=2, rollout_batch_size=16, hard={}))
 ENV = dict(os.environ, OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
 
 def write_recipe(path, **keys):
@@ -158,6 +158,10 @@ def test_two_runs_in_one_folder(tmp_path, tiny, capsys):
     (['toy', '--sft.per_device_train_batch_size', '0'], '`sft.per_device_train_batch_size` is 0'),
     (['toy', '--dpo', '1'], '`dpo` is a section'),
     (['toy', '--dpo.beta', 'much'], "`dpo.beta` should be float, not 'much'"),
+    (['toy', '--dpo.easy', '{step: 3}'], 'unknown key `dpo.easy.step`'),
+    (['toy', '--ppo.hard', '{num_rollouts: many}'], '`ppo.hard.num_rollouts` should be'),
+    (['toy', '--gap.folds', '1'], 'at least 2'),
+    (['toy', '--gap.folds', '3', '--reward.name', 'somewhere'], 'leave one of the two out'),
     (['toy', '--gap.disagree', 'maybe'], '`gap.disagree` should be'),
     (['toy', '--seed'], 'seed'),
     (['toy', 'hh-rlhf'], 'hh-rlhf'),
@@ -205,7 +209,7 @@ def rows(tmp_path_factory):
     path.write_text('\n'.join(json.dumps(row(i)) for i in range(200)) + '\n')
     return path
 
-USER = {k: TINY[k] for k in ('eval', 'sft', 'reward', 'dpo', 'ppo')} | dict(gap=dict(easy_fraction=.5))
+USER = {k: TINY[k] for k in ('eval', 'sft', 'reward', 'dpo', 'ppo')} | dict(gap=dict(easy_fraction=.5, folds=2))
 
 @pytest.mark.parametrize('kind', ['pad', 'eos'])
 def test_tokenizer_without_token(kind, local_model, rows, capsys, tmp_path):
