@@ -10,7 +10,7 @@ from mpo_nb.mpo import SEEDS, check_folder, load_recipe, main, parse_recipe, rec
 
 SIZE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
 TINY = dict(data=dict(pairs=300, demonstrations=300), eval=dict(prompts=24, samples=2), model=dict(size=SIZE),
-            sft=dict(max_steps=12, save_steps=4), reward=dict(max_steps=8, save_steps=3), dpo=dict(max_steps=8, save_steps=3, easy={}),
+            sft=dict(max_steps=12, save_steps=4), reward=dict(max_steps=8, save_steps=3), dpo=dict(beta=.1, max_steps=8, save_steps=3, easy={}),
             ppo=dict(num_rollouts=3, save_steps=2, rollout_batch_size=16, hard={}))
 ENV = dict(os.environ, OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
 
