@@ -325,10 +325,8 @@ def plot_frontier(
     for i, (name, r) in enumerate(table.iterrows()):
         if np.isnan(r.kl): ax.axhline(r.score, color=f'C{i}', ls=':', label=f'{name} (KL unknown)'); continue
         x, half = f(r.kl), 1.96*r.kl_se
-        ax.errorbar(x, r.score, yerr=1.96*r.score_se, xerr=[[x - f(r.kl - half)], [f(r.kl + half) - x]], fmt='o', capsize=2, color=f'C{i}')
-        side = -1 if x > f(table.kl.max()) / 2 else 1   # names of the right half stand to the left of their dot
-        ax.annotate(name, (x, r.score), xytext=(6*side, 6), textcoords='offset points', color=f'C{i}', ha='left' if side > 0 else 'right')
-    if table.kl.isna().any(): ax.legend()
+        ax.errorbar(x, r.score, yerr=1.96*r.score_se, xerr=[[x - f(r.kl - half)], [f(r.kl + half) - x]], fmt='o', capsize=2, color=f'C{i}', label=name)
+    ax.legend(fontsize='small')
     ax.set(title=f'{column} against KL, {int(table.n.iloc[0])} prompts, 95% intervals', xlabel='√KL to SFT, √nats' if sqrt_kl else 'KL to SFT, nats a completion', ylabel=f"mean {column}, judge's units")
     ax.margins(.15)
     return ax
