@@ -162,7 +162,7 @@ def calibration(
     "How often the labeller chose the answer that the reward model prefers, against sigmoid(|gap| / T)"
     gaps = np.asarray(gaps, float) / temperature
     order = np.argsort(np.abs(gaps), kind='stable')
-    return pd.DataFrame([dict(n=len(i), confidence=expit(np.abs(gaps[i])).mean()) | _share('agreement', gaps[i] > 0) for i in np.array_split(order, bins) if len(i)])
+    return pd.DataFrame([dict(n=len(i), confidence=expit(np.abs(gaps[i])).mean()) | _share('agreement', (gaps[i] > 0) + (gaps[i] == 0)/2) for i in np.array_split(order, bins) if len(i)])
 
 def expected_calibration_error(
     table,  # From `calibration`
@@ -196,9 +196,9 @@ def noise_bound(
     seed: int = 0,
 ) -> dict:              # bound, ci (95%), temperature
     "Upper bound of the share of wrong labels: the share that a calibrated reward model expects to contradict it"
-    bound = lambda g: float(expit(-np.abs(g) / fit_temperature(g)).mean())
     gaps, rng = np.asarray(gaps, float), np.random.default_rng(seed)
-    rows = list(pd.Series(range(len(gaps))).groupby(pd.factorize(np.asarray(prompts, object))[0]).apply(list))
+    rows = list(pd.DataFrame(dict(prompt=prompts)).groupby('prompt').indices.values())
+    def bound(g): return float(expit(-np.abs(g) / fit_temperature(g)).mean())
     boots = [bound(gaps[np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))])]) for _ in range(n_boot)]
     return dict(bound=bound(gaps), ci=np.quantile(boots, [.025, .975]).tolist(), temperature=fit_temperature(gaps))
 

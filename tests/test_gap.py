@@ -201,3 +201,16 @@ def test_gap_threshold_is_where_a_label_is_wrong_so_often():
 
 def test_temperature_needs_both_signs():
     with pytest.raises(UserError, match='both signs'): fit_temperature([1., 2.])
+
+
+def test_noise_bound_resamples_prompts():
+    "Nine copies of every pair under its prompt are no new evidence: the interval stays as wide [fails when rows are resampled: a third as wide]"
+    gaps = np.random.default_rng(0).normal(.7, 1.5, 400)
+    width = lambda g, p: np.subtract(*noise_bound(g, p, n_boot=100)['ci'][::-1])
+    prompts = [f'p{i}' for i in range(len(gaps))]
+    assert width(np.repeat(gaps, 9), list(np.repeat(prompts, 9))) == pytest.approx(width(gaps, prompts), rel=.2)
+
+
+def test_a_tie_agrees_by_half():
+    "A reward model that scores everything alike claims one half and gets it [fails when a tie counts as disagreement]"
+    assert expected_calibration_error(calibration(np.zeros(40), bins=4)) == 0
