@@ -203,6 +203,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'mpo_nb.mpo._logged': ('mpo.html#_logged', 'mpo_nb/mpo.py'),
                             'mpo_nb.mpo._one_sentence': ('mpo.html#_one_sentence', 'mpo_nb/mpo.py'),
                             'mpo_nb.mpo._options': ('mpo.html#_options', 'mpo_nb/mpo.py'),
+                            'mpo_nb.mpo._own_keys': ('mpo.html#_own_keys', 'mpo_nb/mpo.py'),
                             'mpo_nb.mpo._pairs': ('mpo.html#_pairs', 'mpo_nb/mpo.py'),
                             'mpo_nb.mpo._parquet': ('mpo.html#_parquet', 'mpo_nb/mpo.py'),
                             'mpo_nb.mpo._parser': ('mpo.html#_parser', 'mpo_nb/mpo.py'),

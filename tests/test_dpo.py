@@ -219,6 +219,15 @@ def test_item42_first_loss_is_ln_2_on_a_sliding_window(tmp_path):
     assert logged(t, 'loss')[0] == pytest.approx(math.log(2), abs=1e-6)
 
 
+def test_item42_a_reference_that_cannot_share_decides_for_both(tmp_path):
+    "A full-attention policy with a sliding-window reference: its log-probs are right all the same [fails when only the policy is probed]"
+    config = dict(vocab_size=132, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=24, max_position_embeddings=96, initializer_range=.3)
+    ref, pairs = AutoModelForCausalLM.from_config(MistralConfig(sliding_window=8, **config)).eval(), toy_pairs(8)
+    t = dpo_trainer(tmp_path, tiny(), ref, pairs=pairs)
+    with torch.no_grad(): chosen, rejected = by_hand(ref, encoded(pairs))
+    assert t.train_dataset['ref_chosen'] == pytest.approx(chosen.tolist(), abs=1e-4) and t.train_dataset['ref_rejected'] == pytest.approx(rejected.tolist(), abs=1e-4)
+
+
 def test_item42_reference_and_policy_run_in_the_same_precision(tmp_path):
     "bf16 autocast: the logits of the reference pass are bf16 as those of training are [fails when only the training forward is under autocast]"
     kinds, policy = [], tiny()

@@ -158,8 +158,8 @@ def test_two_runs_in_one_folder(tmp_path, tiny, capsys):
     (['toy', '--sft.per_device_train_batch_size', '0'], '`sft.per_device_train_batch_size` is 0'),
     (['toy', '--dpo', '1'], '`dpo` is a section'),
     (['toy', '--dpo.beta', 'much'], "`dpo.beta` should be float, not 'much'"),
-    (['toy', '--dpo.easy', '{step: 3}'], 'unknown key `dpo.easy.step`'),
-    (['toy', '--ppo.hard', '{num_rollouts: many}'], '`ppo.hard.num_rollouts` should be'),
+    (['toy', '--dpo.easy', '{step: 3}'], '`dpo.easy`: unknown key `dpo.step`'),
+    (['toy', '--ppo.hard', '{num_rollouts: many}'], '`ppo.hard`: `ppo.num_rollouts` should be'),
     (['toy', '--gap.folds', '1'], 'at least 2'),
     (['toy', '--gap.folds', '3', '--reward.name', 'somewhere'], 'leave one of the two out'),
     (['toy', '--gap.disagree', 'maybe'], '`gap.disagree` should be'),
@@ -209,7 +209,7 @@ def rows(tmp_path_factory):
     path.write_text('\n'.join(json.dumps(row(i)) for i in range(200)) + '\n')
     return path
 
-USER = {k: TINY[k] for k in ('eval', 'sft', 'reward', 'dpo', 'ppo')} | dict(gap=dict(easy_fraction=.5, folds=2))
+USER = {k: TINY[k] for k in ('eval', 'sft', 'reward', 'dpo', 'ppo')} | dict(gap=dict(easy_fraction=.5, folds=2), dpo=TINY['dpo'] | dict(easy=dict(max_steps=5)))
 
 @pytest.mark.parametrize('kind', ['pad', 'eos'])
 def test_tokenizer_without_token(kind, local_model, rows, capsys, tmp_path):
@@ -259,6 +259,9 @@ def test_users_own_file(local_model, rows, tmp_path):
     assert 'half' in e['judge'] and set(e['policies']) == {'sft', 'dpo', 'dpo_easy', 'ppo', 'mpo'}
     parts = {k: set(pd.read_parquet(run/'data'/f'{k}.parquet').prompt) for k in ('train', 'judge', 'test')}
     assert not (parts['train'] & parts['judge'] or parts['train'] & parts['test'] or parts['judge'] & parts['test'])
+    gaps = pd.read_parquet(run/'gaps.parquet')
+    assert set(gaps.fold) == {0, 1} and gaps.groupby('prompt').fold.nunique().max() == 1      # cross-fitted
+    assert [json.loads((run/s/'log.json').read_text())[-1]['step'] for s in ('dpo', 'dpo_easy')] == [8, 5]
     aside = pd.read_parquet(run/'data'/'set_aside_broken.parquet')
     assert aside.reason.tolist() == ['equal completions'] and 'row' in aside
     assert 'report.html' in r.stdout and 'mpo' in r.stdout
