@@ -6,16 +6,18 @@
 __all__ = ['log', 'DEFAULT_BINS', 'DISAGREE', 'COLORS', 'add_gaps', 'label_agreement', 'prompt_folds', 'crossfit_gaps',
            'accuracy_by_gap', 'plot_accuracy_by_gap', 'fit_temperature', 'calibration', 'expected_calibration_error',
            'plot_reliability', 'noise_bound', 'swap_labels', 'split_by_gap', 'plot_gaps', 'threshold_sweep',
-           'gap_threshold', 'extreme_pairs']
+           'gap_threshold', 'extreme_pairs', 'pair_features', 'gap_correlations']
 
 # %% ../nbs/05_gap.ipynb #2a7234c9
 import logging
+from difflib import SequenceMatcher
 
 import numpy as np
 import pandas as pd
 from datasets import Dataset, DatasetDict
 from scipy.optimize import minimize_scalar
 from scipy.special import expit, logit
+from scipy.stats import pearsonr, rankdata
 from statsmodels.stats.proportion import proportion_confint
 
 from .data import UserError
@@ -315,3 +317,34 @@ def extreme_pairs(
     order = np.argsort(gaps, kind='stable')
     kinds = dict(easiest=order[::-1][:n], hardest=np.argsort(np.abs(gaps), kind='stable')[:n], contradicted=order[:n])
     return pd.concat([ds.select(i).to_pandas().assign(kind=k) for k, i in kinds.items()], ignore_index=True)
+
+# %% ../nbs/05_gap.ipynb #9b39d7c9
+def pair_features(
+    ds,             # Dataset with text columns `prompt`, `chosen`, `rejected`
+) -> pd.DataFrame:  # [N] rows: words_more, words_apart, overlap, prompt_words, turn
+    """What can be seen of a pair without a model, in words (split at white space): by how many the chosen answer is longer, the absolute difference, the share of words
+    that both answers have in the same order (0 to 1, `difflib`'s ratio), length of the prompt; and how many requests (`Human:`) the dialogue has so far"""
+    texts = zip(ds['prompt'][:], ds['chosen'][:], ds['rejected'][:])
+    return pd.DataFrame([_features(p, c.split(), r.split()) for p, c, r in texts])
+
+def _features(prompt, chosen, rejected):
+    "One row of `pair_features`; the answers are lists of words"
+    more, same = len(chosen) - len(rejected), SequenceMatcher(None, chosen, rejected, autojunk=False)
+    return dict(words_more=more, words_apart=abs(more), overlap=same.ratio(), prompt_words=len(prompt.split()), turn=prompt.count('Human:'))
+
+# %% ../nbs/05_gap.ipynb #64973499
+def gap_correlations(
+    ds,             # Pairs with `gap`
+    features=None,  # DataFrame of [N] rows, a column each property; default: `pair_features`
+) -> pd.DataFrame:  # One row a property: Spearman correlation with the gap's size and with the gap, each with its 95% interval (_lo, _hi); NaN for a property that is the same everywhere
+    "What goes with a large gap"
+    gaps, features = _gaps(ds), pair_features(ds) if features is None else features
+    if len(features) != len(gaps): raise UserError(f'{len(features)} rows of features for {len(gaps)} pairs: give one row a pair')
+    return pd.DataFrame({k: _spearman('size', x, np.abs(gaps)) | _spearman('gap', x, gaps) for k, x in features.items()}).T
+
+def _spearman(name, x, y):
+    "Spearman's correlation and its 95% interval (Fisher's z on the ranks), in columns that begin with `name`"
+    names = name, f'{name}_lo', f'{name}_hi'
+    if len(x) < 4 or np.ptp(x) == 0 or np.ptp(y) == 0: return dict.fromkeys(names, np.nan)
+    res = pearsonr(rankdata(x), rankdata(y))
+    return dict(zip(names, (res.statistic, *res.confidence_interval())))

@@ -11,7 +11,8 @@ __all__ = ['log', 'SHORT', 'SECTIONS', 'SHOWN', 'SEEDS', 'POLICIES', 'DPO_CURVES
            'stage_data', 'arguments', 'stage_sft', 'stage_pairs', 'stage_reward', 'stage_judge', 'the_judge',
            'stage_gaps', 'stage_dpo', 'stage_dpo_easy', 'stage_ppo', 'stage_mpo', 'stage_eval', 'stages', 'finished',
            'run_stage', 'evaluation', 'finish', 'differing_keys', 'check_folder', 'environment', 'locked', 'run',
-           'final_table', 'compare_runs', 'plot_training', 'report_plots', 'eighths', 'sample_cards', 'report', 'main']
+           'final_table', 'compare_runs', 'plot_training', 'report_plots', 'eighths', 'sample_cards', 'report',
+           'gaps_recipe', 'stage_score', 'score_gaps', 'gaps_summary', 'gaps_report', 'main']
 
 # %% ../nbs/11_mpo.ipynb #7938328f
 import dataclasses, difflib, importlib.metadata, json, logging, os, platform, re, shutil, sys, time, warnings
@@ -257,11 +258,16 @@ def parse_recipe(
     try: values = p.parse_string(path.read_text(encoding='utf-8'))
     except ArgumentError as e: raise _one_sentence(e, path.name) from e
     p.set_defaults({k: values[k] for k in recipe_keys()})
+    return p, _recipe(p, argv, path.stem)
+
+def _recipe(p, argv, name):
+    "The parser's defaults with the options given, as a `Recipe`"
+    from jsonargparse import ArgumentError
     try: d = p.parse_args(_options(argv)).as_dict()
     except ArgumentError as e: raise _one_sentence(e, 'command line') from e
-    d['name'] = d['name'] or path.stem
+    d['name'] = d['name'] or name
     d['output_dir'] = d['output_dir'] or f"runs/{d['name']}"
-    return p, Recipe(**{f.name: f.type(**d[f.name]) if is_dataclass(f.type) else d[f.name] for f in fields(Recipe)})
+    return Recipe(**{f.name: f.type(**d[f.name]) if is_dataclass(f.type) else d[f.name] for f in fields(Recipe)})
 
 # %% ../nbs/11_mpo.ipynb #e47388c7
 def load_recipe(
@@ -272,7 +278,7 @@ def load_recipe(
     return parse_recipe(name, [f'--{k}={v if isinstance(v, str) else json.dumps(v)}' for k, v in flat(overrides).items()])[1]
 
 # %% ../nbs/11_mpo.ipynb #9b150ea7
-SECTIONS = dict(judge=('reward',), gaps=('reward',), dpo_easy=('dpo', 'easy'), mpo=('ppo', 'hard'))   # section of a stage that isn't called so, and the dict in it that overrules
+SECTIONS = dict(judge=('reward',), gaps=('reward',), score=('reward',), dpo_easy=('dpo', 'easy'), mpo=('ppo', 'hard'))   # section of a stage that isn't called so, and the dict in it that overrules
 
 def stage_keys(
     r: Recipe,
@@ -479,7 +485,7 @@ def last_checkpoint(
     return str(found[-1]) if found else None
 
 # %% ../nbs/11_mpo.ipynb #5e124e94
-SEEDS = {s: i for i, s in enumerate('data sft pairs reward judge gaps dpo dpo_easy ppo mpo eval report'.split())}
+SEEDS = {s: i for i, s in enumerate('data sft pairs reward judge gaps dpo dpo_easy ppo mpo eval report score'.split())}
 POLICIES = 'sft dpo dpo_easy ppo mpo'.split()
 
 def stage_seed(r, stage): return r.seed*100 + SEEDS[stage]
@@ -576,18 +582,23 @@ def split_pairs(
 
 def _preference_data(r, out):
     "Read, fit, split and save preference pairs"
-    from mpo_nb.data import load_preferences
-    ds, bad = load_preferences(r.data.source, split=r.data.split, subset=r.data.subset, aside=True)
-    kept, long, n_cut = fit_lengths(ds, _base(r)[1], r.data)
-    aside = dict(Counter([d['reason'] for part in (bad, long) for d in part]))
-    if not len(kept): raise UserError(f'{r.data.source}: none of {len(ds)} pairs fits ({"; ".join(f"{n}: {why}" for why, n in aside.items())}): raise the lengths in `data`, or cut with `--data.long_prompts cut`')
+    kept, counts = _fitting_pairs(r, out, _base(r)[1])
     parts = split_pairs(kept, r)
     for k, d in parts.items(): d.to_parquet(out/f'{k}.parquet')
-    for name, d in (('broken', bad), ('long', long)):
-        if len(d): d.to_parquet(out/f'set_aside_{name}.parquet')
     prompts = list(dict.fromkeys(parts['test']['prompt']))[:r.eval.prompts]
     _write_json(out/'prompts.json', prompts)
-    return {k: len(d) for k, d in parts.items()} | dict(prompts=len(prompts), prompts_cut=n_cut, set_aside=aside)
+    return {k: len(d) for k, d in parts.items()} | dict(prompts=len(prompts)) | counts
+
+def _fitting_pairs(r, out, tok):
+    "Pairs of the source that fit the token limits, and how many were cut or set aside; those are saved in `out`"
+    from mpo_nb.data import load_preferences
+    ds, bad = load_preferences(r.data.source, split=r.data.split, subset=r.data.subset, aside=True)
+    kept, long, n_cut = fit_lengths(ds, tok, r.data)
+    aside = dict(Counter([d['reason'] for part in (bad, long) for d in part]))
+    for name, d in (('broken', bad), ('long', long)):
+        if len(d): d.to_parquet(out/f'set_aside_{name}.parquet')
+    if not len(kept): raise UserError(f'{r.data.source}: none of {len(ds)} pairs fits ({"; ".join(f"{n}: {why}" for why, n in aside.items())}): raise the lengths in `data`, or cut with `--data.long_prompts cut`')
+    return kept, dict(prompts_cut=n_cut, set_aside=aside)
 
 # %% ../nbs/11_mpo.ipynb #777ae7a8
 def stage_data(r, run, out, progress):
@@ -691,12 +702,17 @@ def _crossfitted(r, run, progress):
 
 def stage_gaps(r, run, out, progress):
     "Score the training pairs and split them; `gaps.parquet` in the run folder"
-    from mpo_nb.gap import add_gaps, split_by_gap
+    from mpo_nb.gap import add_gaps
     from mpo_nb.reward import RewardModel
     ds = _crossfitted(r, run, progress) if r.gap.folds else add_gaps(_pairs(r, run, 'train'), RewardModel.load(run/'reward'))
     if not r.world.name:
         judge = the_judge(r, run)[0]
         for k in ('chosen', 'rejected'): ds = ds.add_column(f'judge_{k}', judge(ds['prompt'][:], ds[k][:]))
+    return _write_split(r, run, ds)
+
+def _write_split(r, run, ds):
+    "Split scored pairs and write all sets to gaps.parquet; their sizes"
+    from mpo_nb.gap import split_by_gap
     parts = split_by_gap(ds, threshold=r.gap.threshold, easy_fraction=r.gap.easy_fraction, disagree=r.gap.disagree)
     for k in ('easy', 'hard'):
         if not len(parts[k]): raise UserError(f'no {k} pairs: of {len(ds)} gaps none is {"above" if k == "easy" else "within"} the threshold; change `gap.threshold` or give `gap.easy_fraction`')
@@ -769,7 +785,7 @@ def stages(
     r: Recipe,
 ) -> list:     # Names, in order
     "The stages of a recipe"
-    skip = {'judge'} if r.world.name or r.eval.judge else set()
+    skip = {'score'} | ({'judge'} if r.world.name or r.eval.judge else set())   # score belongs to `mpo gaps`
     if not r.world.name: skip |= {'pairs'}
     return [s for s in SEEDS if s not in skip]
 
@@ -779,7 +795,7 @@ def finished(
 ) -> bool:
     "Is everything there that the stage writes?"
     if stage == 'report': return (run/'evaluation.json').exists() and (run/'report.html').exists()
-    extra = dict(gaps=['gaps.parquet'], eval=['completions.parquet']).get(stage, [])
+    extra = dict(gaps=['gaps.parquet'], score=['gaps.parquet'], eval=['completions.parquet']).get(stage, [])
     return all((run/f).exists() for f in [f'{stage}/stage.json', *extra])
 
 def run_stage(r, run, stage, progress):
@@ -1031,6 +1047,11 @@ KL_TEXT = 'Mean score of each policy on the held-out prompts against its distanc
 WIN_TEXT = 'On which share of the held-out prompts the policy of the row scores higher than that of the column (ties count half).'
 
 # %% ../nbs/11_mpo.ipynb #361f44af
+def _template(name):
+    "A page of the package; every value put into it is escaped"
+    import jinja2
+    return jinja2.Environment(loader=jinja2.PackageLoader('mpo_nb', ''), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True).get_template(name)
+
 def sample_cards(
     df,          # completions.parquet
     n: int,      # Prompts to show: the first ones, not chosen by anyone
@@ -1045,15 +1066,92 @@ def report(
     run: Path,  # A finished run folder
 ) -> str:       # HTML
     "The report of a run, from its files alone"
-    import jinja2, pandas as pd
+    import pandas as pd
     run = Path(run)
     recipe, e = yaml.safe_load((run/'recipe.yaml').read_text(encoding='utf-8')), read_json(run/'evaluation.json')
     df = pd.read_parquet(run/'completions.parquet')
-    env = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = env.from_string((files('mpo_nb')/'report.html.jinja').read_text(encoding='utf-8'))
-    return template.render(recipe=recipe, recipe_yaml=(run/'recipe.yaml').read_text(encoding='utf-8'), e=e, environment=read_json(run/'environment.json'), plots=report_plots(run),
+    return _template('report.html.jinja').render(recipe=recipe, recipe_yaml=(run/'recipe.yaml').read_text(encoding='utf-8'), e=e, environment=read_json(run/'environment.json'), plots=report_plots(run),
                            cards=sample_cards(df, recipe['eval']['samples']), data=read_json(run/'data'/'stage.json')['metrics'],
                            wins={w['a']: w for w in e['win_rates'] if w['b'] == 'sft'})
+
+# %% ../nbs/11_mpo.ipynb #6b1dc9f1
+def gaps_recipe(
+    data: str,    # hh-rlhf, tldr, a Hub id, or a file or folder with prompt, chosen, rejected
+    argv=(),      # `['--model', FOLDER, '--gap.threshold', '0.5', ...]`
+) -> Recipe:
+    "The recipe of `mpo gaps DATA --model MODEL [--key value ...]`: half of the pairs are easy and there are two folds unless it says otherwise"
+    p = _parser()
+    p.set_defaults({'data.source': data, 'gap.folds': 2})
+    r = _recipe(p, argv, 'gaps')
+    if r.gap.threshold is None and r.gap.easy_fraction is None: r.gap.easy_fraction = .5
+    if r.model.name and not r.reward.name and _is_classifier(r.model.name): r.reward.name = r.model.name
+    if r.reward.name: r.model.name, r.gap.folds = r.reward.name, None   # its tokenizer counts the lengths
+    return r
+
+def _is_classifier(name):
+    "Is this model a sequence classifier? A model that can't be read is left to `check`"
+    from transformers import AutoConfig
+    try: names = AutoConfig.from_pretrained(name).architectures or []
+    except (OSError, ValueError, KeyError): return False
+    return any(n.endswith('ForSequenceClassification') for n in names)
+
+def stage_score(r, run, out, progress):
+    "Read pairs, score each with a model that did not see it, and split; `gaps.parquet` in the run folder"
+    from mpo_nb.gap import add_gaps, crossfit_gaps
+    from mpo_nb.reward import RewardModel
+    ds, counts = _fitting_pairs(r, out, _tokenizer(r))
+    if r.data.pairs: ds = ds.shuffle(seed=stage_seed(r, 'data')).select(range(min(len(ds), r.data.pairs)))
+    if r.reward.name: ds = add_gaps(ds, RewardModel.load(r.reward.name))
+    else: ds = crossfit_gaps(ds, lambda pairs, fold: _train_reward(r, run, progress, 'score', _base(r), pairs, fold)[0], r.gap.folds, stage_seed(r, 'score'))
+    return dict(pairs=len(ds)) | _write_split(r, run, ds) | counts
+
+def score_gaps(
+    recipe: Recipe,          # From `gaps_recipe`
+    progress: str = 'auto',  # bar, lines, off, or auto
+    file=None,               # Where progress goes; None: stderr
+) -> Path:                   # The folder
+    "Score and split preference pairs and write gaps.parquet and report.html; the pairs are scored anew each time"
+    folder = Path(recipe.output_dir)
+    check(recipe)
+    p = Progress(['score'], progress, file)
+    with locked(folder), _calm():
+        check_folder(recipe, folder)
+        _claim(recipe, folder)
+        if (folder/'score').exists(): shutil.rmtree(folder/'score')
+        run_stage(recipe, folder, 'score', p)
+        with replacing(folder/'report.html') as tmp: Path(tmp).write_text(gaps_report(folder), encoding='utf-8')
+    return folder
+
+# %% ../nbs/11_mpo.ipynb #3612fa74
+def gaps_summary(
+    ds,        # gaps.parquet: pairs with `gap` and `set`
+) -> dict:     # agreement with its 95% interval; temperature, error (expected calibration error with it), noise (upper bound, with its interval), wrong (probability of a wrong label at the smallest easy gap), or None where the gaps have one sign only
+    "What gaps of unseen pairs say about labels and reward model"
+    from scipy.special import expit
+    from mpo_nb.gap import calibration, expected_calibration_error, label_agreement, noise_bound
+    from statsmodels.stats.proportion import proportion_confint
+    g, sets = np.array(ds['gap'][:]), np.array(ds['set'][:])
+    agreement = label_agreement(ds)
+    out = dict(agreement=agreement, agreement_ci=list(proportion_confint(agreement*len(g), len(g), method='wilson')), temperature=None)
+    if not (g > 0).any() or not (g < 0).any(): return out
+    b = noise_bound(g, ds['prompt'][:])
+    return out | dict(temperature=b['temperature'], error=expected_calibration_error(calibration(g, b['temperature'])), noise=b['bound'], noise_ci=b['ci'],
+                      wrong=float(expit(-g[sets == 'easy'].min()/b['temperature'])))
+
+def gaps_report(
+    run: Path,  # Folder of `mpo gaps`
+) -> str:       # HTML
+    "The report of scored pairs, from the folder's files alone"
+    from mpo_nb.gap import calibration, extreme_pairs, gap_correlations, plot_gaps, plot_reliability
+    run = Path(run)
+    ds, recipe = _parquet(run/'gaps.parquet'), yaml.safe_load((run/'recipe.yaml').read_text(encoding='utf-8'))
+    s, sets = gaps_summary(ds), ds.select_columns(['set', 'gap', 'chosen', 'rejected']).to_pandas()
+    tables = {f'T = {t:.3g}': calibration(ds['gap'][:], t) for t in (1, s['temperature']) if t}
+    words = lambda c: c.str.split().str.len().mean()
+    rows = {k: dict(pairs=len(d), lowest=d.gap.min(), highest=d.gap.max(), agreement=(d.gap > 0).mean(), chosen=words(d.chosen), rejected=words(d.rejected)) for k, d in sets.groupby('set')}
+    images = [_image(_drawn(lambda ax: plot_gaps(ds, ax=ax), (5, 3.2))), _image(_drawn(lambda ax: plot_reliability(tables, ax=ax), (5, 3.6)))]
+    return _template('gaps.html.jinja').render(recipe=recipe, recipe_yaml=(run/'recipe.yaml').read_text(encoding='utf-8'), environment=read_json(run/'environment.json'), s=s, rows=rows, images=images,
+                                               features=gap_correlations(ds).to_dict('index'), pairs=extreme_pairs(ds, 3).to_dict('records'), data=read_json(run/'score'/'stage.json')['metrics'])
 
 # %% ../nbs/11_mpo.ipynb #cee2aabd
 USAGE = '''Mixed Preference Optimization from preference data to a judged model.
@@ -1066,6 +1164,7 @@ recipes:
   FILE.yaml  your own
 
 mpo compare RUN RUN ... shows finished runs of one recipe with different seeds side by side.
+mpo gaps DATA --model MODEL [--key value ...] only scores preference pairs and splits them by reward gap.
 
 short: --data PATH is --data.source PATH, --model PATH is --model.name PATH. Lists and dicts are written as YAML.
 The run folder holds report.html and evaluation.json; a killed run goes on when it is started again.'''
@@ -1091,6 +1190,16 @@ def _run_command(argv):
     print(final_table(read_json(folder/'evaluation.json')))
     print(f'report: {folder/"report.html"}')
 
+def _gaps_command(argv):
+    "`mpo gaps DATA --model MODEL [--key value ...]`"
+    if not argv or {'-h', '--help'} & set(argv): return _help()
+    if argv[0].startswith('-'): raise UserError('first say which data: mpo gaps FILE --model MODEL [--key value ...]')
+    folder = score_gaps(gaps_recipe(argv[0], argv[1:]))
+    m, s = read_json(folder/'score'/'stage.json')['metrics'], gaps_summary(_parquet(folder/'gaps.parquet'))
+    print(f"{m['pairs']} pairs: {m['easy']} easy, {m['hard']} hard; {sum(m['set_aside'].values())} set aside, {m['prompts_cut']} prompts cut")
+    print(f"the reward model agrees with {s['agreement']:.1%} of the labels [{s['agreement_ci'][0]:.1%}, {s['agreement_ci'][1]:.1%}]")
+    print(f'report: {folder/"report.html"}')
+
 def main(
     argv=None,  # Arguments; None: those of the command line
 ) -> int:       # Exit code
@@ -1100,7 +1209,8 @@ def main(
     try:
         if argv[:1] == ['--version']: print(importlib.metadata.version('mpo_nb'))
         elif argv[:1] == ['compare']: print(compare_runs(argv[1:]).round(3).to_string(na_rep=''))
-        elif argv[:1] != ['run']: print('usage: mpo run RECIPE [--key value ...]    (mpo run --help explains every key)\n       mpo compare RUN RUN ...'); return 0 if argv[:1] in ([], ['-h'], ['--help']) else 2
+        elif argv[:1] == ['gaps']: _gaps_command(argv[1:])
+        elif argv[:1] != ['run']: print('usage: mpo run RECIPE [--key value ...]    (mpo run --help explains every key)\n       mpo gaps DATA --model MODEL [--key value ...]\n       mpo compare RUN RUN ...'); return 0 if argv[:1] in ([], ['-h'], ['--help']) else 2
         else: _run_command(argv[1:])
     except UserError as e: print(f'mpo: {e}', file=sys.stderr); return 2
     except KeyboardInterrupt: print('mpo: stopped; the same command goes on from here', file=sys.stderr); return 130
