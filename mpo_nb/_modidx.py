@@ -66,6 +66,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'mpo_nb.dpo.dpo_loss': ('dpo.html#dpo_loss', 'mpo_nb/dpo.py'),
                             'mpo_nb.dpo.encode_pair': ('dpo.html#encode_pair', 'mpo_nb/dpo.py'),
                             'mpo_nb.dpo.encode_pairs': ('dpo.html#encode_pairs', 'mpo_nb/dpo.py'),
+                            'mpo_nb.dpo.implicit_margins': ('dpo.html#implicit_margins', 'mpo_nb/dpo.py'),
                             'mpo_nb.dpo.pair_length': ('dpo.html#pair_length', 'mpo_nb/dpo.py'),
                             'mpo_nb.dpo.plain_logps': ('dpo.html#plain_logps', 'mpo_nb/dpo.py'),
                             'mpo_nb.dpo.shared_logps': ('dpo.html#shared_logps', 'mpo_nb/dpo.py'),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOSS_TYPES', 'check_loss', 'dpo_loss', 'encode_pair', 'encode_pairs', 'collate_pairs', 'plain_logps', 'shared_mask',
            'shared_logps', 'sharing_works', 'pair_length', 'all_logps', 'DPOConfig', 'disable_dropout', 'Metrics',
-           'DPOTrainer']
+           'DPOTrainer', 'implicit_margins']
 
 # %% ../nbs/06_dpo.ipynb #b4f7937e
 import logging
@@ -288,3 +288,18 @@ class DPOTrainer(Trainer):
     def log(self, logs, start_time=None):
         mode = 'eval' if any(k.startswith('eval_') for k in logs) else 'train'
         super().log({**logs, **self.metrics_seen.drain(mode)}, start_time)
+
+# %% ../nbs/06_dpo.ipynb #e4409b1f
+def implicit_margins(
+    policy,                # Causal language model, trained
+    ref_model,             # Causal language model it started from
+    ds: Dataset,           # N pairs: columns prompt, chosen, rejected
+    tok,                   # Tokenizer of both
+    beta: float = 0.1,     # β of the training
+    batch_size: int = 32,  # Pairs at a time
+    share: bool = True,    # One row a pair; False for models in which `sharing_works` does not hold
+) -> np.ndarray:           # [N] nats
+    "Implicit reward of chosen minus that of rejected, for every pair (Rafailov et al. 2023, eq. 5)"
+    pairs, _ = encode_pairs(ds, tok)
+    ratio = np.subtract(*(all_logps(m, pairs, tok.pad_token_id, batch_size, share) for m in (policy, ref_model)))
+    return beta * (ratio[:, 0] - ratio[:, 1])

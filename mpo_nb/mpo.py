@@ -1148,7 +1148,7 @@ def gaps_report(
     s, sets = gaps_summary(ds), ds.select_columns(['set', 'gap', 'chosen', 'rejected']).to_pandas()
     tables = {f'T = {t:.3g}': calibration(ds['gap'][:], t) for t in (1, s['temperature']) if t}
     words = lambda c: c.str.split().str.len().mean()
-    rows = {k: dict(pairs=len(d), lowest=d.gap.min(), highest=d.gap.max(), agreement=(d.gap > 0).mean(), chosen=words(d.chosen), rejected=words(d.rejected)) for k, d in sets.groupby('set')}
+    rows = {k: dict(pairs=len(d), lowest=d.gap.min(), highest=d.gap.max(), chosen=words(d.chosen), rejected=words(d.rejected)) for k, d in sets.groupby('set')}
     images = [_image(_drawn(lambda ax: plot_gaps(ds, ax=ax), (5, 3.2))), _image(_drawn(lambda ax: plot_reliability(tables, ax=ax), (5, 3.6)))]
     return _template('gaps.html.jinja').render(recipe=recipe, recipe_yaml=(run/'recipe.yaml').read_text(encoding='utf-8'), environment=read_json(run/'environment.json'), s=s, rows=rows, images=images,
                                                features=gap_correlations(ds).to_dict('index'), pairs=extreme_pairs(ds, 3).to_dict('records'), data=read_json(run/'score'/'stage.json')['metrics'])

@@ -1,12 +1,13 @@
 "05_gap: every pair in exactly one set, by the written rule, with its columns."
 import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
 from datasets import Dataset, load_dataset
 
 from mpo_nb.data import UserError
-from mpo_nb.gap import (accuracy_by_gap, add_gaps, calibration, crossfit_gaps, expected_calibration_error, extreme_pairs, fit_temperature, gap_threshold, label_agreement,
-                        noise_bound, plot_accuracy_by_gap, plot_gaps, prompt_folds, split_by_gap, swap_labels, threshold_sweep)
+from mpo_nb.gap import (accuracy_by_gap, add_gaps, calibration, crossfit_gaps, expected_calibration_error, extreme_pairs, fit_temperature, gap_correlations, gap_threshold, label_agreement,
+                        noise_bound, pair_features, plot_accuracy_by_gap, plot_gaps, prompt_folds, split_by_gap, swap_labels, threshold_sweep)
 
 matplotlib.use('Agg')
 FORMS = 'hard', 'easy', 'swap', 'drop'
@@ -214,3 +215,23 @@ def test_noise_bound_resamples_prompts():
 def test_a_tie_agrees_by_half():
     "A reward model that scores everything alike claims one half and gets it [fails when a tie counts as disagreement]"
     assert expected_calibration_error(calibration(np.zeros(40), bins=4)) == 0
+
+
+def test_pair_features_by_hand():
+    ds = Dataset.from_dict(dict(prompt=['\n\nHuman: a b\n\nAssistant:', 'x', ''], chosen=[' one two three', 'same words', 'a'], rejected=[' one four', 'same words', 'b c d']))
+    f = pair_features(ds)
+    assert f['words_more'].tolist() == [1, 0, -2] and f['words_apart'].tolist() == [1, 0, 2] and f['turn'].tolist() == [1, 0, 0] and f['prompt_words'].tolist() == [4, 1, 0]
+    np.testing.assert_allclose(f['overlap'], [2/5, 1, 0])   # twice the common words by all words
+
+
+def test_gap_correlations_are_spearmans():
+    from scipy.stats import spearmanr
+    rng = np.random.default_rng(0)
+    gaps = rng.normal(size=400)
+    x = dict(size=np.abs(gaps) + rng.normal(size=400), side=gaps**3, same=np.ones(400))
+    t = gap_correlations(pairs(gaps), pd.DataFrame(x))
+    for k in ('size', 'side'):
+        assert t.loc[k, 'size'] == pytest.approx(spearmanr(x[k], np.abs(gaps)).statistic) and t.loc[k, 'gap'] == pytest.approx(spearmanr(x[k], gaps).statistic)
+        assert t.loc[k, 'size_lo'] < t.loc[k, 'size'] < t.loc[k, 'size_hi']
+    assert t.loc['side', 'gap'] == pytest.approx(1) and t.loc['same'].isna().all()      # nothing to rank: no number, rather than 0
+    with pytest.raises(UserError, match='one row a pair'): gap_correlations(pairs(gaps), pd.DataFrame(x).head(3))

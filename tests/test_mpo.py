@@ -89,7 +89,7 @@ def test_killed_in_each_stage_same_numbers(runs):
 def test_run_folder(runs):
     whole = runs[0]
     names = {p.name for p in whole.iterdir() if p.name != '.lock'}
-    assert names == {*SEEDS} - {'judge', 'report'} | {'recipe.yaml', 'environment.json', 'gaps.parquet', 'completions.parquet', 'evaluation.json', 'report.html'}
+    assert names == {*SEEDS} - {'judge', 'report', 'score'} | {'recipe.yaml', 'environment.json', 'gaps.parquet', 'completions.parquet', 'evaluation.json', 'report.html'}
     assert {'prompt', 'chosen', 'rejected', 'reward_chosen', 'reward_rejected', 'gap', 'set'} <= set(pd.read_parquet(whole/'gaps.parquet').columns)
     assert {'prompt', 'policy', 'completion', 'score'} <= set(pd.read_parquet(whole/'completions.parquet').columns)
     env = json.loads((whole/'environment.json').read_text())
@@ -127,9 +127,9 @@ def test_finished_run_is_not_run_again(runs, tiny, capsys):
 
 # --- errors: exit code 2, one sentence on stderr, no traceback, nothing written
 
-def fails(capsys, *argv, says):
+def fails(capsys, *argv, says, command='run'):
     capsys.readouterr()
-    assert main(['run', *map(str, argv)]) == 2
+    assert main([command, *map(str, argv)]) == 2
     out = capsys.readouterr()
     assert out.err.count('\n') == 1 and out.err.startswith('mpo: ') and 'Traceback' not in out.err, out.err
     for s in [says] if isinstance(says, str) else says: assert s in out.err, out.err
@@ -265,6 +265,45 @@ def test_users_own_file(local_model, rows, tmp_path):
     aside = pd.read_parquet(run/'data'/'set_aside_broken.parquet')
     assert aside.reason.tolist() == ['equal completions'] and 'row' in aside
     assert 'report.html' in r.stdout and 'mpo' in r.stdout
+
+# --- gaps alone
+
+LENGTHS = ['--data.max_prompt_length', '40', '--data.max_completion_length', '24']
+
+def test_gaps_of_own_file(local_model, rows, tmp_path, capsys):
+    "From a language model: cross-fitted, every row in one set or set aside with its reason"
+    folder = tmp_path/'gaps'
+    argv = ['gaps', str(rows), '--model', str(local_model), *LENGTHS, '--output_dir', str(folder), '--reward.max_steps', '3', '--gap.easy_fraction', '0.25']
+    assert main(argv) == 0
+    gaps, aside = pd.read_parquet(folder/'gaps.parquet'), pd.read_parquet(folder/'score'/'set_aside_broken.parquet')
+    assert set(gaps.fold) == {0, 1} and gaps.groupby('prompt').fold.nunique().max() == 1
+    assert len(gaps) + len(aside) == len(rows.read_text().splitlines()) and aside.reason.tolist() == ['equal completions']
+    assert (gaps.set == 'easy').sum() <= round(.25*len(gaps)) and (gaps.gap == gaps.reward_chosen - gaps.reward_rejected).all()
+    out = capsys.readouterr().out
+    assert f'{len(gaps)} pairs' in out and '1 set aside' in out and not (folder/'checkpoints'/'score').exists()
+    fails(capsys, *argv[1:-1], '0.5', says='another recipe', command='gaps')
+
+def test_gaps_with_a_finished_reward_model(runs, tmp_path):
+    "As --model or as --reward.name: the same numbers as scoring by hand; a second call scores anew"
+    from mpo_nb.reward import RewardModel
+    whole = runs[0]
+    pairs = pd.read_parquet(whole/'pairs'/'test.parquet').head(40)
+    pairs.loc[0, 'prompt'] = '\n\nHuman: <script>alert(1)</script>\n\nAssistant:'
+    pairs.to_parquet(tmp_path/'p.parquet')
+    for i, key in enumerate(('--model', '--reward.name', '--reward.name')):
+        folder = tmp_path/f'g{min(i, 1)}'
+        assert main(['gaps', str(tmp_path/'p.parquet'), key, str(whole/'reward'), '--data.max_prompt_length', '64', '--output_dir', str(folder)]) == 0
+        gaps = pd.read_parquet(folder/'gaps.parquet')
+        rm = RewardModel.load(whole/'reward')
+        assert len(gaps) == len(pairs) and gaps.reward_chosen.tolist() == pytest.approx(rm(gaps.prompt.tolist(), gaps.chosen.tolist()).tolist(), abs=1e-5)
+        page = (folder/'report.html').read_text()
+        assert '<script>' not in page and 'http' not in page.replace('http://www.w3.org', '') and 'runs/' not in page
+
+@pytest.mark.parametrize('argv, says', [(['--model', 'm'], 'first say which data'), (['no-such-file.jsonl'], 'no model'), (['x.jsonl', '--model', './nowhere'], 'nowhere'),
+                                        (['x.jsonl', '--gap.treshold', '1'], 'gap.threshold')])
+def test_gaps_wrong_arguments(argv, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fails(capsys, *argv, says=says, command='gaps')
 
 # --- recipes
 
