@@ -295,7 +295,8 @@ def test_gaps_with_a_finished_reward_model(runs, tmp_path):
         assert main(['gaps', str(tmp_path/'p.parquet'), key, str(whole/'reward'), '--data.max_prompt_length', '64', '--output_dir', str(folder)]) == 0
         gaps = pd.read_parquet(folder/'gaps.parquet')
         rm = RewardModel.load(whole/'reward')
-        assert len(gaps) == len(pairs) and gaps.reward_chosen.tolist() == pytest.approx(rm(gaps.prompt.tolist(), gaps.chosen.tolist()).tolist(), abs=1e-5)
+        aside = json.loads((folder/'score'/'stage.json').read_text())['metrics']['set_aside']
+        assert len(gaps) + sum(aside.values()) == len(pairs) and gaps.reward_chosen.tolist() == pytest.approx(rm(gaps.prompt.tolist(), gaps.chosen.tolist()).tolist(), abs=1e-5)
         page = (folder/'report.html').read_text()
         assert '<script>' not in page and 'http' not in page.replace('http://www.w3.org', '') and 'runs/' not in page
 
