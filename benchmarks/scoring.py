@@ -44,7 +44,7 @@ def main(data, model, pairs=2000):
         for k, way in ways.items(): runs[k].append(seconds(way, ds))
     np.testing.assert_allclose(*(r[0][1] for r in runs.values()), atol=1e-3)
     t = {k: statistics.median(s for s, _ in r) for k, r in runs.items()}
-    tokens = sum(len(reward.encode(p, c)) for k in ('chosen', 'rejected') for p, c in zip(ds['prompt'][:], ds[k][:]))
+    tokens = sum(min(len(reward.encode(p, c)), reward.max_length or sys.maxsize) for k in ('chosen', 'rejected') for p, c in zip(ds['prompt'][:], ds[k][:]))
     print(f'{len(ds)} pairs, {tokens} tokens; {torch.get_num_threads()} threads of {os.cpu_count()} cores, torch {torch.__version__}')
     print('  '.join(f'{k} {x:.1f} s ({tokens/x:.0f} tokens/s)' for k, x in t.items()), f' ratio {t["plain"]/t["sorted"]:.2f}')
 
