@@ -20,9 +20,11 @@ lab: $(READY)
 dist: $(READY)
 	$(BIN)/python -m build
 
+# a current pip: the resolver of the one that comes with Python 3.11 searches for many minutes
 # torch first and alone, at the tested version: left to itself pip may resolve a newer build
 $(READY): settings.ini pyproject.toml setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q -c constraints.txt torch
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
