@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['check_tokenizer', 'load_model', 'encode_prompt', 'decode_completion', 'encode_completion', 'Batch', 'collate',
            'completion_logits', 'gather_logprobs', 'completion_logprobs', 'masked_sum', 'masked_mean', 'kl_k1', 'kl_k2',
-           'kl_k3', 'seeded', 'inference', 'Samples', 'sample', 'check_sampling', 'sequence_logprobs']
+           'kl_k3', 'seeded', 'inference', 'Samples', 'sample', 'check_sampling', 'sequence_logprobs', 'collate_pairs',
+           'shared_mask', 'shared_row']
 
 # %% ../nbs/03_logprobs.ipynb #b12af6a3
 import random
@@ -316,3 +317,47 @@ def sequence_logprobs(
             batch = collate([prompt_ids[i] for i in rows], [completion_ids[i] for i in rows], pad_id, model.device)
             out[rows] = completion_logprobs(model, batch, temperature).sum(1).double().cpu().numpy()
     return out
+
+# %% ../nbs/03_logprobs.ipynb #627aa900
+def collate_pairs(rows, pad_id):
+    "Tensors of a batch of encoded pairs: prompts padded left, completions right, each with its mask; reference log-probs ride along"
+    out = {}
+    for name, side in (('prompt', 'left'), ('chosen', 'right'), ('rejected', 'right')):
+        out[f'{name}_ids'], out[f'{name}_mask'] = _pad([r[f'{name}_ids'] for r in rows], pad_id, side)
+    for k in ('ref_chosen', 'ref_rejected'):
+        if k in rows[0]: out[k] = torch.tensor([r[k] for r in rows])
+    return out
+
+# %% ../nbs/03_logprobs.ipynb #a64091d6
+def shared_mask(
+    prompt_mask: torch.Tensor,   # [B, P] bool
+    chosen_mask: torch.Tensor,   # [B, Tc]
+    rejected_mask: torch.Tensor, # [B, Tr]
+) -> torch.Tensor:               # [B, 1, L, L] bool, L = P + Tc + Tr; True: query (row) may see key (column)
+    "Who sees whom in a row prompt | chosen | rejected"
+    P, Tc = prompt_mask.shape[1], chosen_mask.shape[1]
+    real = torch.cat([prompt_mask, chosen_mask, rejected_mask], 1)
+    L = real.shape[1]
+    see = torch.ones(L, L, dtype=torch.bool, device=real.device).tril()
+    see[P + Tc:, P:P + Tc] = False                                          # rejected doesn't see chosen
+    see = see & real[:, None, None, :]
+    return see | torch.eye(L, dtype=torch.bool, device=real.device)         # a pad sees itself: no row of the softmax is empty
+
+# %% ../nbs/03_logprobs.ipynb #bf4c95f4
+def _attention_mask(see, model):
+    "The 4-D mask in the form the model's attention takes: bool for SDPA, additive for eager"
+    if model.config._attn_implementation == 'sdpa': return see
+    dtype = next(model.parameters()).dtype
+    return torch.zeros_like(see, dtype=dtype).masked_fill(~see, torch.finfo(dtype).min)
+
+def shared_row(
+    pairs: dict,  # Tensors from `collate_pairs`
+    model,        # Model that will read them
+) -> dict:        # input_ids, position_ids [B, L] and attention_mask [B, 1, L, L], L = P + Tc + Tr
+    "Model inputs with one row a pair: the prompt is read once"
+    masks = [pairs[f'{k}_mask'] for k in ('prompt', 'chosen', 'rejected')]
+    ids = torch.cat([pairs[f'{k}_ids'] for k in ('prompt', 'chosen', 'rejected')], 1)
+    n = masks[0].sum(1, keepdim=True)                          # prompt lengths: where both completions start
+    start = lambda m: n + torch.arange(m.shape[1], device=ids.device)
+    positions = torch.cat([(masks[0].cumsum(1) - 1).clamp(min=0), start(masks[1]), start(masks[2])], 1)
+    return dict(input_ids=ids, attention_mask=_attention_mask(shared_mask(*masks), getattr(model, 'module', model)), position_ids=positions)

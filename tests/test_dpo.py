@@ -14,8 +14,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, MistralConfig, TrainerCallback
 
 from mpo_nb.data import UserError
-from mpo_nb.dpo import DPOConfig, collate_pairs, dpo_loss, encode_pair, encode_pairs, plain_logps, shared_logps, shared_mask
-from mpo_nb.logprobs import encode_prompt
+from mpo_nb.dpo import DPOConfig, dpo_loss, encode_pair, encode_pairs, plain_logps, shared_logps
+from mpo_nb.logprobs import collate_pairs, encode_prompt, shared_mask
 from util import (KINDS, AtTheEnd, TableLM, bpe, distance, dpo_trainer, end_state, fingerprint, in_a_new_process, logged, pad_is_eos, row_logps, tiny, toy_pairs, toy_tokenizer, weights)
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'own_random_state')
