@@ -312,7 +312,7 @@ def text_prompts(
     if not tok.chat_template: raise UserError(f'the {name} prompts are chats, but the tokenizer has no chat template: set tok.chat_template, or give text')
     if bad := [i for i, p in enumerate(prompts) if p[-1]['role'] == 'assistant']: raise UserError(f'the chat of {name} row {bad[0]} ends with the assistant: leave the answer out')
     texts = [tok.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
-    return ds.remove_columns('prompt').add_column('prompt', texts)
+    return Dataset.from_dict({k: texts if k == 'prompt' else ds[k][:] for k in ds.column_names})
 
 # %% ../nbs/07_ppo.ipynb #b3c3e793
 def cut_at_stop(
@@ -517,7 +517,7 @@ class PPOTrainer(Trainer):
         if args.ref_ema is not None: check_follows(self.ref_model, policy)
         actor_critic = ActorCritic(policy, ValueHead(policy) if critic is None else critic)
         actor_critic.entropy_gradient = args.entropy_coef > 0
-        for m in (actor_critic.policy, actor_critic.critic): disable_dropout(m)
+        for m in [policy] if critic is None else [policy, critic]: disable_dropout(m)
         self._plan(args, len(data['train']) if 'train' in data else 0)
         with seeded(args.seed):    # Trainer seeds the global generators: not ours to change
             super().__init__(model=actor_critic, args=args, processing_class=tok, train_dataset=data.get('train'), eval_dataset=data.get('eval'), callbacks=callbacks, **kw)
