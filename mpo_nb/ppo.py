@@ -597,7 +597,9 @@ class PPOTrainer(Trainer):
         return loss - a.entropy_coef * means['policy/entropy'] if a.entropy_coef else loss
 
     def log(self, logs, start_time=None):
-        super().log({**logs, **self.metrics_seen.drain('train')}, start_time)
+        seen, n = self.metrics_seen.drain('train'), self.accelerator.num_processes
+        if seen and n > 1: seen = {k: v / n for k, v in zip(seen, self._total(torch.tensor(list(seen.values()))).tolist())}
+        super().log({**logs, **seen}, start_time)
 
 # %% ../nbs/07_ppo.ipynb #b1a360ee
 @patch

@@ -5,8 +5,12 @@ import copy
 import gc
 import json
 import math
+import os
 import random
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -1085,3 +1089,67 @@ def test_item34_frozen_weights_may_be_shared_trained_ones_not():
     assert ref.get_input_embeddings().weight is frozen and storages(policy, ref) == 2 * storages(policy) - frozen.numel()
     assert ppo.frozen_reference(None, policy).training is False
     with pytest.raises(UserError, match='ref_model'): ppo.frozen_reference(sharing_copy(policy, lambda p: True), policy.requires_grad_(True))
+
+
+# ---- two processes
+
+@pytest.fixture(scope='module')
+def two(tmp_path_factory):
+    "Results of two_processes.py under `accelerate launch`: (folder, one dict a process). --multi_gpu is its name for its torchrun launcher; `use_cpu` makes the backend gloo"
+    out, tests = tmp_path_factory.mktemp('two'), Path(__file__).parent
+    command = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1', '--num_cpu_threads_per_process', '1', '--mixed_precision', 'no',
+               '--dynamo_backend', 'no', '--main_process_port', '0', 'two_processes.py', str(out)]
+    p = subprocess.run(command, cwd=tests, env=os.environ | dict(OMP_NUM_THREADS='1'), capture_output=True, text=True, timeout=600)
+    assert p.returncode == 0, p.stderr[-3000:]
+    return out, [json.loads((out/f'results-{rank}.json').read_text()) for rank in (0, 1)]
+
+
+def test_two_processes_learn_and_hold_equal_weights(two):
+    "The toy task is learned and both ranks end with the same bytes [fails when the tokens aren't summed over processes]"
+    _, (a, b) = two
+    assert a['world_size'] == b['world_size'] == 2
+    for part in ('one_update', 'learning'): assert a[part]['weights'] == b[part]['weights']
+    scores = a['learning']['scores']
+    assert len(scores) == 20 and np.mean(scores[-3:]) > np.mean(scores[:3]) + 1, scores
+
+
+def test_item27_two_processes_sample_apart(two):
+    "One prompt for all: the halves of a rollout differ, within and between processes [fails when `rollout_seed` leaves the rank out]"
+    _, (a, b) = two
+    both = a['one_update']['completions'], b['one_update']['completions']
+    assert len(both[0]) == len(both[1]) == 4 and both[0] != both[1] and len(set(both[0] + both[1])) > 4
+
+
+def test_item21_two_processes_whiten_over_both(two):
+    "Advantages of both halves together have mean 0 and deviation 1, those of one half don't [fails when `whiten` gets no `reduce`]"
+    out, _ = two
+    parts = [ppo._load_experience(out/f'experience-{rank}.safetensors')[0] for rank in (0, 1)]
+    both = [e.advantages[e.mask] for e in parts]
+    raw = torch.cat([(e.returns - e.values)[e.mask] for e in parts])
+    torch.testing.assert_close(torch.cat(both), (raw - raw.mean()) / raw.std(correction=0), atol=1e-4, rtol=0)
+    assert all(abs(float(x.mean())) > .01 for x in both)
+
+
+def test_item22_two_processes_make_the_update_of_one(two):
+    "One SGD step of two processes, in micro-batches of 3 and 1 rows, equals the step of one process on both halves; logs are those of all rows [fails when the loss isn't multiplied by the number of processes]"
+    out, (a, b) = two
+    parts, policy = [ppo._load_experience(out/f'experience-{rank}.safetensors')[0] for rank in (0, 1)], talker('llama')
+    model = ActorCritic(policy, reward_model_from(policy, toy_tokenizer(), seed=42))
+    total, n, start = {}, sum(int(e.mask.sum()) for e in parts), weights(model)
+    for e in parts:
+        batch = collate(e.samples.prompt_ids, e.samples.completion_ids, 0)
+        sums = ppo_losses(model(**vars(batch)), dict(mask=e.mask, old_logprobs=e.logprobs, old_values=e.values, advantages=e.advantages, returns=e.returns))
+        total = {k: total.get(k, 0) + v / n for k, v in sums.items()}
+    (total['loss/policy'] + .1 * total['loss/value']).backward()
+    torch.optim.SGD(model.parameters(), lr=.1).step()
+    done = torch.load(out/'updated.pt', weights_only=True)
+    assert distance(weights(model), done) < 1e-5 and distance(start, done) > 1e-2
+    log = a['one_update']['logs'][0]
+    for k in ('loss/value', 'policy/entropy', 'policy/ratio'): assert log[k] == pytest.approx(float(total[k]), abs=1e-4)
+    assert log['rollout/length'] == n / 8
+
+
+def test_item26_two_processes_resume_in_the_middle_of_a_rollout(two):
+    "Each has its own half of the rollout back [fails when only the main process saves it]"
+    _, (a, b) = two
+    assert a['resumed'] == b['resumed'] == dict(same=True)
