@@ -1153,3 +1153,26 @@ def test_item26_two_processes_resume_in_the_middle_of_a_rollout(two):
     "Each has its own half of the rollout back [fails when only the main process saves it]"
     _, (a, b) = two
     assert a['resumed'] == b['resumed'] == dict(same=True)
+
+
+# ---- TRL's numbers
+
+TRL = json.loads((Path(__file__).parent/'trl112_ppo.json').read_text())
+
+@pytest.mark.parametrize('estimator', ['k1', 'k3'])
+def test_numbers_of_trl(estimator):
+    """The tensors of a real update of TRL 1.12.0 (recorded by record_trl112.py), responses of full length, where both put the score on the last token: token rewards, GAE, whitening, both losses.
+    Ours whitens by the population's deviation, TRL by the sample's: a factor of sqrt((n - 1) / n) on purpose, since that of a single token is not NaN [fails when lambda isn't multiplied by gamma, and when k3 is read as k1]"""
+    x, how = {k: torch.tensor(v, dtype=torch.float64) for k, v in TRL[estimator].items()}, TRL['settings']
+    mask, close = torch.ones_like(x['values'], dtype=torch.bool), dict(atol=2e-5, rtol=1e-5)
+    rewards = token_rewards(x['scores'], x['logprobs'], x['ref_logprobs'], mask, how['kl_coef'], estimator)
+    torch.testing.assert_close(rewards, x['rewards'], **close)
+    advantages, _ = gae(rewards, x['values'], mask, how['gamma'], how['lam'])
+    torch.testing.assert_close(advantages, x['advantages'], **close)
+    n = mask.sum()
+    torch.testing.assert_close(whiten(advantages, mask) * ((n - 1) / n).sqrt(), x['whitened'], **close)
+    losses, ratio, _ = policy_loss(x['new_logprobs'], x['mb_logprobs'], x['mb_advantage'], how['cliprange'])
+    torch.testing.assert_close(ratio, x['ratio'], atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(losses, x['pg_loss_max'], atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(2 * value_loss(x['vpred'], x['mb_values'], x['mb_return'], how['cliprange_value']), x['vf_loss_max'], **close)
+    assert ((ratio - 1).abs() > how['cliprange']).any() and ((x['vpred'] - x['mb_values']).abs() > how['cliprange_value']).any()
