@@ -333,6 +333,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'mpo_nb.ppo.check_follows': ('ppo.html#check_follows', 'mpo_nb/ppo.py'),
                             'mpo_nb.ppo.check_ppo_config': ('ppo.html#check_ppo_config', 'mpo_nb/ppo.py'),
                             'mpo_nb.ppo.check_processes': ('ppo.html#check_processes', 'mpo_nb/ppo.py'),
+                            'mpo_nb.ppo.check_trainable': ('ppo.html#check_trainable', 'mpo_nb/ppo.py'),
                             'mpo_nb.ppo.checked_scores': ('ppo.html#checked_scores', 'mpo_nb/ppo.py'),
                             'mpo_nb.ppo.combined_reward': ('ppo.html#combined_reward', 'mpo_nb/ppo.py'),
                             'mpo_nb.ppo.completions_table': ('ppo.html#completions_table', 'mpo_nb/ppo.py'),

@@ -8,8 +8,8 @@ __all__ = ['KL_ESTIMATORS', 'PLOTS', 'bare', 'trunk_of', 'values_at', 'token_val
            'value_loss', 'next_kl_coef', 'shape_scores', 'follow', 'Experience', 'make_experience', 'ppo_losses',
            'combined_reward', 'checked_scores', 'text_prompts', 'cut_at_stop', 'check_ppo_config', 'PPOConfig',
            'rollout_rows', 'rollout_seed', 'sharing_copy', 'frozen_reference', 'with_adapter', 'policy_and_reference',
-           'critic_start', 'make_critic', 'check_processes', 'check_follows', 'PPOTrainer', 'explained_variance',
-           'completions_table', 'log_curve', 'plot_run', 'rollouts_to_reach', 'rollouts_to_gold']
+           'critic_start', 'make_critic', 'check_processes', 'check_trainable', 'check_follows', 'PPOTrainer',
+           'explained_variance', 'completions_table', 'log_curve', 'plot_run', 'rollouts_to_reach', 'rollouts_to_gold']
 
 # %% ../nbs/07_ppo.ipynb #c2f739cd
 import copy
@@ -470,6 +470,7 @@ def make_critic(
     "A critic with weights of its own; with `peft_config` an adapter and a head on the weights of what it starts from"
     start = critic_start(value_model, policy, tok, seed)
     if not hasattr(bare(start), 'score'): raise UserError(f'the critic needs a decoder with head `score`, and {type(start).__name__} has none: leave value_model out')
+    if peft_config is None and isinstance(value_model, RewardModel): return copy.deepcopy(start).requires_grad_(True)   # one that only scores may be frozen
     if peft_config is None: return copy.deepcopy(start) if value_model is not None else start
     if value_model is None: setattr(start, start.base_model_prefix, trunk_of(policy))   # the policy's own weights, once
     return with_adapter(start, peft_config, seed + 1, task_type='SEQ_CLS', modules_to_save=['score'])
@@ -482,6 +483,11 @@ def check_processes(args):
     if args.n_gpu > 1:
         logging.getLogger('mpo_nb').warning(f'one of {args.n_gpu} GPUs is used: start with `accelerate launch` to use them all')
         args._n_gpu = 1
+
+def check_trainable(**parts): # name -> model
+    "A model without a weight to train would be trained without a word"
+    for name, m in parts.items():
+        if not any(p.requires_grad for p in m.parameters()): raise UserError(f'no weight of the {name} requires gradients, so nothing would be learned: call requires_grad_() on it before you pass it')
 
 def check_follows(ref_model, policy):
     "A reference that moves needs weights of its own, in the policy's shapes"
@@ -516,6 +522,7 @@ class PPOTrainer(Trainer):
         policy, self.ref_model = policy_and_reference(model, ref_model, peft_config, args.seed)
         if args.ref_ema is not None: check_follows(self.ref_model, policy)
         actor_critic = ActorCritic(policy, ValueHead(policy) if critic is None else critic)
+        check_trainable(policy=actor_critic.policy, critic=actor_critic.critic)
         actor_critic.entropy_gradient = args.entropy_coef > 0
         for m in [policy] if critic is None else [policy, critic]: disable_dropout(m)
         self._plan(args, len(data['train']) if 'train' in data else 0)
