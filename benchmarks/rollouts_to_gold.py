@@ -18,6 +18,8 @@ args = parser.parse_args()
 
 rows = {run.name: rollouts_to_gold(*(json.loads((run/stage/'log.json').read_text(encoding='utf-8')) for stage in ('ppo', 'mpo')), args.window) for run in args.runs}
 print('| run | gold of ppo at its end | rollouts of ppo | rollouts of mpo until there | share |\n|---|---|---|---|---|')
-for name, r in rows.items(): print(f"| {name} | {r['final']:.2f} | {r['ppo']} | {r['mpo'] or 'not reached'} | {f'{r['share']:.0%}' if r['mpo'] else ''} |")
+for name, r in rows.items():
+    share = f"{r['share']:.0%}" if r['mpo'] else ''
+    print(f"| {name} | {r['final']:.2f} | {r['ppo']} | {r['mpo'] or 'not reached'} | {share} |")
 shares = [r['share'] for r in rows.values() if r['mpo']]
 print(f"\nreached in {len(shares)} of {len(rows)} runs" + (f", median share {statistics.median(shares):.0%}; at most half of ppo's rollouts in {sum(s <= .5 for s in shares)} of {len(rows)}" if shares else ''))
