@@ -808,19 +808,21 @@ def plot_run(
 def rollouts_to_reach(
     curve,            # One value a rollout
     target: float,    # To be reached
-    window: int = 5,  # by the mean of so many rollouts
+    window: int = 5,  # by the mean of so many values
 ):                    # Rollouts until then, or None
     "The first rollout at whose end the mean of the last `window` values is at least `target`"
     return next((k for k in range(window, len(curve) + 1) if sum(curve[k - window:k]) / window >= target), None)
 
 def rollouts_to_gold(
-    ppo: list,        # `log_history` of PPO from the SFT model, with objective/gold once a rollout
-    mpo: list,        # The same of PPO from the DPO model
-    window: int = 5,  # Rollouts that are averaged
-) -> dict:            # final (gold of PPO at its end), ppo (its rollouts), mpo (rollouts until it has reached that; None: not), share
+    ppo: list,                     # `log_history` of PPO from the SFT model
+    mpo: list,                     # The same of PPO from the DPO model
+    window: int = 5,               # Values that are averaged
+    key: str = 'objective/gold',   # Log entry that holds the gold score
+    every: int = 1,                # Rollouts from one entry to the next
+) -> dict:                         # final (gold of PPO at its end), ppo (its rollouts), mpo (rollouts until it has reached that; None: not), share
     "How many of PPO's rollouts does PPO from the DPO model need for the gold score that PPO from the SFT model ends with?"
-    gold = [[l['objective/gold'] for l in log if 'objective/gold' in l] for log in (ppo, mpo)]
-    if min(map(len, gold)) < window: raise UserError(f'a run has only {min(map(len, gold))} rollouts with objective/gold: at least {window} are needed')
+    gold = [[l[key] for l in log if key in l] for log in (ppo, mpo)]
+    if min(map(len, gold)) < window: raise UserError(f'a run has only {min(map(len, gold))} entries {key}: at least {window} are needed')
     final = sum(gold[0][-window:]) / window
     reached = rollouts_to_reach(gold[1], final, window)
-    return dict(final=final, ppo=len(gold[0]), mpo=reached, share=reached and reached / len(gold[0]))
+    return dict(final=final, ppo=every * len(gold[0]), mpo=reached and every * reached, share=reached and reached / len(gold[0]))
