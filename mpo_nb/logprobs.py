@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, GenerationMixin
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .data import UserError
 
@@ -256,13 +257,104 @@ def _generation_config(tok, max_new_tokens, temperature, greedy):
     return GenerationConfig(max_new_tokens=max_new_tokens, repetition_penalty=1.0, num_beams=1, use_cache=True,
                             eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id, **how)
 
-def _generate(model, tok, prompt_ids, max_new_tokens, temperature, greedy):
-    "Completions of one batch of prompts: lists of ids up to and with EOS"
+def _up_to_eos(rows, eos_id): return [r[:r.index(eos_id) + 1] if eos_id in r else r for r in rows]
+
+def _generate(model, tok, prompt_ids, max_new_tokens, temperature=1.0, draws=None, seen=None):
+    "Completions of one batch of prompts by the model's own `generate`: lists of ids up to and with EOS; `draws` and `seen` as in `_decode`"
     ids, mask = _pad(prompt_ids, tok.pad_token_id, 'left')
-    config = _generation_config(tok, max_new_tokens, temperature, greedy)
-    out = model.generate(ids.to(model.device), attention_mask=mask.long().to(model.device), generation_config=config)
-    rows = out[:, ids.shape[1]:].tolist()
-    return [r[:r.index(tok.eos_token_id) + 1] if tok.eos_token_id in r else r for r in rows]
+    config = _generation_config(tok, max_new_tokens, temperature, greedy=draws is None)
+    with _plain_generation(model, tok):
+        out = model.generate(ids.to(model.device), attention_mask=mask.long().to(model.device), generation_config=config, output_scores=seen is not None, return_dict_in_generate=True)
+    if seen is not None: seen.extend(out.scores)
+    return _up_to_eos(out.sequences[:, ids.shape[1]:].tolist(), tok.eos_token_id)
+
+# %% ../nbs/03_logprobs.ipynb #0590faee
+def _written(store, new, n, room=32):
+    "`store` [B, H, ≥ n, D] with `new` written behind its first n places; a full store moves into one with `room` places to spare"
+    end = n + new.shape[2]
+    if store is None or end > store.shape[2]:
+        larger = new.new_empty(*new.shape[:2], end + room, new.shape[3])
+        if n: larger[:, :, :n] = store[:, :, :n]
+        store = larger
+    store[:, :, n:end] = new
+    return store
+
+class _RoomyLayer(DynamicLayer):
+    "Keys and values of one layer, views of stores that are longer"
+    stores = None, None
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        n = self.get_seq_length()
+        if not self.is_initialized: self.lazy_initialization(key_states, value_states)
+        self._hold([_written(s, x, n) for s, x in zip(self.stores, (key_states, value_states))], n + key_states.shape[2])
+        return self.keys, self.values
+
+    def _hold(self, stores, n): self.stores, (self.keys, self.values) = stores, [s[:, :, :n] for s in stores]
+    def batch_select_indices(self, rows): self._hold([s[rows] for s in self.stores], self.get_seq_length())
+
+# %% ../nbs/03_logprobs.ipynb #6533d197
+def _pick(
+    logits: torch.Tensor,      # [B, V]
+    u: torch.Tensor = None,    # [B] uniform in [0, 1); None: the likeliest token
+    temperature: float = 1.0,  # Divides the logits
+) -> torch.Tensor:             # [B] ids
+    "Next tokens: drawn from softmax(logits / temperature) by inverting its distribution function, or the likeliest"
+    if u is None: return logits.argmax(-1)
+    exact = torch.float32 if logits.device.type == 'mps' else torch.float64      # Apple's GPUs have no fp64
+    cdf = (logits / temperature).softmax(-1).cumsum(-1, dtype=exact)
+    if cdf[:, -1].isnan().any(): raise UserError('the model predicts NaN: its weights have diverged (a smaller learning rate may help)')
+    return torch.searchsorted(cdf, u.to(cdf)[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+
+# %% ../nbs/03_logprobs.ipynb #464f48c9
+def _network(model):
+    "The network that `_decode` can run, inside a LoRA wrapper or bare; None where it can't: an own `generate`, special inputs, recurrent layers"
+    if getattr(getattr(model, 'active_peft_config', None), 'is_prompt_learning', False): return None
+    net = model.get_base_model() if hasattr(model, 'get_base_model') else model
+    usual = all(getattr(type(net), k, None) is getattr(GenerationMixin, k) for k in ('generate', 'prepare_inputs_for_generation'))
+    if not usual or net.config.is_encoder_decoder or net._is_stateful: return None
+    return net if all(type(l) in (DynamicLayer, DynamicSlidingWindowLayer) for l in DynamicCache(config=net.config).layers) else None
+
+def _cache(net):
+    "An empty cache whose layers of full attention have room ahead"
+    cache = DynamicCache(config=net.config)
+    cache.layers = [_RoomyLayer() if type(l) is DynamicLayer else l for l in cache.layers]
+    return cache
+
+# %% ../nbs/03_logprobs.ipynb #26ee29fd
+def _decode(
+    model,                     # Causal language model with a `_network`
+    tok,                       # Its tokenizer
+    prompt_ids: list,          # B lists of ids
+    max_new_tokens: int,       # Longest completion, tokens
+    temperature: float = 1.0,  # Divides the logits
+    draws: torch.Tensor = None,# [B, max_new_tokens] uniform in [0, 1), one a token; None: greedy
+    seen: list = None,         # Is given the scores [rows, V] that each token was taken from
+) -> list:                     # B lists of ids up to and with EOS
+    "Completions of one batch of prompts, token by token; rows that have ended leave the batch"
+    net = _network(model)
+    ids, mask = (x.to(net.device) for x in _pad(prompt_ids, tok.pad_token_id, 'left'))
+    positions, rows = (mask.cumsum(1) - 1).clamp(min=0), torch.arange(len(ids), device=net.device)
+    out, ended, cache = ids.new_zeros(len(ids), max_new_tokens), torch.zeros_like(rows, dtype=torch.bool), _cache(net)
+    draws = None if draws is None else draws.to(net.device, torch.float32 if net.device.type == 'mps' else None)
+    for t in range(max_new_tokens):
+        logits = _next_logits(net, ids, mask, positions, cache)
+        if seen is not None: seen.append(logits / temperature)
+        ids = out[rows, t] = _pick(logits, None if draws is None else draws[rows, t], temperature)
+        ended = ended | (ids == tok.eos_token_id)
+        if ended.all(): break
+        if 4 * ended.sum() >= len(ended):
+            stay = (~ended).nonzero()[:, 0]
+            cache.batch_select_indices(stay)
+            ids, mask, positions, rows, ended = (x[stay] for x in (ids, mask, positions, rows, ended))
+        ids, mask, positions = ids[:, None], F.pad(mask, (0, 1), value=True), positions[:, -1:] + 1
+    return _up_to_eos(out.tolist(), tok.eos_token_id)
+
+def _next_logits(net, ids, mask, positions, cache):
+    "[B, V] fp32: prediction of the token behind `ids`, whose keys and values go into the cache"
+    kw = {k: v for k, v in dict(position_ids=positions, logits_to_keep=1).items() if _accepts(net, k)}
+    return net(input_ids=ids, attention_mask=mask.long(), past_key_values=cache, use_cache=True, **kw).logits[:, -1].float()
+
+def _engine(model): return _generate if _network(model) is None else _decode
 
 # %% ../nbs/03_logprobs.ipynb #b4ccba1b
 def sample(
@@ -280,24 +372,26 @@ def sample(
     prompt_ids = [encode_prompt(tok, p) for p in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompt_ids[i]))   # rows of a batch get similar lengths
     completion_ids = [None] * len(prompts)
-    with seeded(seed), inference(model), _plain_generation(model, tok):
+    with seeded(seed), inference(model):
+        draws = None if greedy else torch.rand(len(prompts), max_new_tokens, dtype=torch.float64)
         for start in range(0, len(order), batch_size):
             rows = order[start:start + batch_size]
-            new = _generate(model, tok, [prompt_ids[i] for i in rows], max_new_tokens, temperature, greedy)
+            new = _engine(model)(model, tok, [prompt_ids[i] for i in rows], max_new_tokens, temperature, None if greedy else draws[rows])
             for i, ids in zip(rows, new): completion_ids[i] = ids
     texts = [decode_completion(tok, p, c) for p, c in zip(prompt_ids, completion_ids)]
     return Samples(list(prompts), texts, prompt_ids, completion_ids, [c[-1] == tok.eos_token_id for c in completion_ids])
 
 # %% ../nbs/03_logprobs.ipynb #08130237
 def check_sampling(model, tok, prompt, temperature=1.0, steps=3):
-    "Raise `RuntimeError` unless generation samples from softmax(logits / temperature)"
-    ids = torch.tensor([encode_prompt(tok, prompt)], device=model.device)
-    config = _generation_config(tok, steps, temperature, greedy=False)
-    with seeded(0), inference(model), _plain_generation(model, tok):
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, output_scores=True, output_logits=True, return_dict_in_generate=True)
-    for scores, logits in zip(out.scores, out.logits):
-        if not torch.allclose(scores.float(), logits.float() / temperature, atol=1e-3, rtol=1e-3):
-            raise RuntimeError(f'{type(model).__name__} does not sample from its own distribution: some generation option changes its logits')
+    "Raise `RuntimeError` unless sampling is from softmax(logits / temperature), the logits being those of `completion_logits`"
+    ids, seen = encode_prompt(tok, prompt), []
+    with seeded(0), inference(model):
+        new = _engine(model)(model, tok, [ids], steps, temperature, torch.rand(1, steps, dtype=torch.float64), seen)
+        logits = completion_logits(model, collate([ids], new, tok.pad_token_id, model.device))[0]
+    full = next(model.parameters()).dtype == torch.float32      # in half precision two passes over the same text differ in the second digit
+    drawn_from, expected = (x.float().log_softmax(-1) for x in (torch.cat(seen), logits / temperature))
+    if not torch.allclose(drawn_from, expected, atol=.02 if full else .25, rtol=0):
+        raise RuntimeError(f'{type(model).__name__} does not sample from its own distribution: some generation option changes its logits')
 
 # %% ../nbs/03_logprobs.ipynb #33b54b42
 def sequence_logprobs(

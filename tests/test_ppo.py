@@ -214,12 +214,11 @@ def test_item08_the_models_generation_config_is_ignored(tmp_path):
 def test_item08_the_first_rollout_is_checked(tmp_path, monkeypatch):
     "A policy that samples from something else stops the run [fails when `_rollout` doesn't call `check_sampling`]"
     from mpo_nb import logprobs
-    right = logprobs._generation_config
-    def wrong(*args, **kw):
-        config = right(*args, **kw)
-        config.top_k = 3
-        return config
-    monkeypatch.setattr(logprobs, '_generation_config', wrong)
+    right = logprobs._next_logits
+    def wrong(*args):
+        logits = right(*args)
+        return logits.masked_fill(logits < logits.topk(3).values[:, -1:], float('-inf'))
+    monkeypatch.setattr(logprobs, '_next_logits', wrong)
     with pytest.raises(RuntimeError): ppo_trainer(tmp_path).train()
 
 
