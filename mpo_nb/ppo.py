@@ -19,6 +19,7 @@ import logging
 import math
 import os
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -458,7 +459,9 @@ def with_adapter(
     config = copy.deepcopy(peft_config)
     if config.is_prompt_learning: raise UserError(f'{type(config).__name__} adds virtual tokens, and PPO would misplace the log-probs: use an adapter of weights such as LoraConfig')
     for k, v in changes.items(): setattr(config, k, v)
-    with seeded(seed): return get_peft_model(sharing_copy(model, lambda p: True), config)
+    with seeded(seed), warnings.catch_warnings():
+        warnings.simplefilter('ignore', FutureWarning)   # PEFT asks transformers for a name that it has deprecated
+        return get_peft_model(sharing_copy(model, lambda p: True), config)
 
 def policy_and_reference(model, ref_model, peft_config, seed):
     "The model to train and its reference"

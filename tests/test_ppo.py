@@ -692,7 +692,7 @@ def test_item13_policy_and_reference_run_in_the_same_precision(tmp_path):
 # ---- the rest of the rollout
 
 def test_item09_chunks_of_generation_make_one_rollout(tmp_path):
-    "8 prompts in chunks of 3, 3 and 2: eight rows in their order, nothing behind EOS, pads only on the right, log-probs those of each row alone [fails when chunks aren't put back into the order of the prompts]"
+    "8 prompts in chunks of 3, 3 and 2: eight rows in their order, nothing behind EOS, pads only on the right, log-probs those of each row alone [fails when `sample` gives rows back in the order of their lengths, and when the last chunk is dropped]"
     seen = []
     t = ppo_trainer(tmp_path, generation_batch_size=3, learning_rate=0., reward=lambda p, c: seen.extend(p) or letters(p, c))
     t.train()
