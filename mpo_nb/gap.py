@@ -117,14 +117,16 @@ def crossfit_gaps(
     seed: int = 0,         # Of the folds
     batch_size: int = 64,  # Texts a `RewardModel` scores at a time
 ) -> Dataset:              # As from `add_gaps`, with `fold` and `gap_spread`
-    "Score each pair with the reward model that did not see its prompt; `gap_spread` is the standard deviation of the pair's gap over all models"
-    fold, scored = prompt_folds(ds['prompt'][:], folds, seed), []
-    for k in range(folds): scored.append(add_gaps(ds, fit(ds.select(np.flatnonzero(fold != k)), k), batch_size))
-    own = lambda column: np.array([s[column][:] for s in scored])[fold, np.arange(len(ds))]
-    spread = np.std([s['gap'][:] for s in scored], axis=0, ddof=1)
-    return _with(scored[0], **{c: own(c) for c in ('reward_chosen', 'reward_rejected', 'gap')}, fold=fold, gap_spread=spread)
-
-
+    """Score each pair with the reward model that did not see its prompt. Each model's zero is the mean of its scores on its own training pairs; `gap_spread` is the standard deviation
+    of the pair's gap over all models"""
+    fold, scores = prompt_folds(ds['prompt'][:], folds, seed), []
+    for k in range(folds):
+        scored = add_gaps(ds, fit(ds.select(np.flatnonzero(fold != k)), k), batch_size)
+        both = np.stack([scored[c][:] for c in ('reward_chosen', 'reward_rejected')])
+        scores.append(both - both[:, fold != k].mean())
+    scores = np.stack(scores)                                                             # [folds, 2, N]
+    own, spread = scores[fold, :, np.arange(len(ds))].T, (scores[:, 0] - scores[:, 1]).std(0, ddof=1)
+    return _with(scored, reward_chosen=own[0], reward_rejected=own[1], gap=own[0] - own[1], fold=fold, gap_spread=spread)
 
 # %% ../nbs/05_gap.ipynb #641d88a4
 class EnsembleReward:

@@ -658,14 +658,14 @@ def stage_pairs(r, run, out, progress):
 
 # %% ../nbs/11_mpo.ipynb #dbc46977
 def _train_reward(r, run, progress, stage, base, train, fold=None):
-    "A reward model on `train`, centred on its own pairs"
+    "A reward model on `train`, centred on its own pairs (models of folds are centred where their pairs are scored)"
     from mpo_nb.reward import reward_model_from, train_reward
     model, tok = base
     args = arguments(r, stage, run)
     if fold is not None: args |= dict(seed=args['seed'] + 1000*fold, output_dir=f"{args['output_dir']}/fold-{fold}")
     reward, history = train_reward(reward_model_from(model, tok, seed=args['seed']), tok, train, callbacks=[watch(progress)], **_lengths(r), **args,
                                    resume_from_checkpoint=last_checkpoint(args['output_dir']))
-    return reward.center([*train['prompt'], *train['prompt']], [*train['chosen'], *train['rejected']]), history
+    return (reward if fold is not None else reward.center([*train['prompt'], *train['prompt']], [*train['chosen'], *train['rejected']])), history
 
 def _save_reward(out, reward, history, test):
     "Save a reward model with its accuracy on held-out pairs"

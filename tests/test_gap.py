@@ -169,7 +169,8 @@ def test_crossfitting_keeps_prompts_apart():
         seen = set(pairs['prompt'])
         return lambda ps, cs: np.array([100. * (p in seen) * (c[0] == 'c') + fold for p, c in zip(ps, cs)])
     got = crossfit_gaps(ds, fit, folds=4, seed=3)
-    assert set(got['gap']) == {0.} and got['reward_chosen'][:] == got['fold'][:]
+    assert set(got['gap']) == {0.} and set(got['reward_chosen']) == {-50.}, 'zero of each model: the mean score of its own training pairs'
+    assert got['fold'][:] == prompt_folds(prompts, 4, 3).tolist()
     assert all(s > 0 for s in got['gap_spread']) and got['chosen'][:] == ds['chosen'][:]
 
 
