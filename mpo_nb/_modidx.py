@@ -143,6 +143,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'mpo_nb.gap.plot_reliability': ('gap.html#plot_reliability', 'mpo_nb/gap.py'),
                             'mpo_nb.gap.plot_sweep': ('gap.html#plot_sweep', 'mpo_nb/gap.py'),
                             'mpo_nb.gap.prompt_folds': ('gap.html#prompt_folds', 'mpo_nb/gap.py'),
+                            'mpo_nb.gap.resample_pairs': ('gap.html#resample_pairs', 'mpo_nb/gap.py'),
                             'mpo_nb.gap.split_by_gap': ('gap.html#split_by_gap', 'mpo_nb/gap.py'),
                             'mpo_nb.gap.swap_labels': ('gap.html#swap_labels', 'mpo_nb/gap.py'),
                             'mpo_nb.gap.threshold_sweep': ('gap.html#threshold_sweep', 'mpo_nb/gap.py'),

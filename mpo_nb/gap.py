@@ -7,7 +7,8 @@ __all__ = ['log', 'DEFAULT_BINS', 'GRID', 'WEIGHTS', 'DISAGREE', 'COLORS', 'pair
            'prompt_folds', 'crossfit_gaps', 'EnsembleReward', 'accuracy_by_gap', 'plot_accuracy_by_gap',
            'fit_temperature', 'calibration', 'expected_calibration_error', 'plot_reliability', 'noise_bound',
            'fit_strengths', 'wrong_probability', 'noise_rate', 'swap_labels', 'split_by_gap', 'plot_gaps',
-           'threshold_sweep', 'plot_sweep', 'gap_threshold', 'extreme_pairs', 'pair_features', 'gap_correlations']
+           'threshold_sweep', 'plot_sweep', 'gap_threshold', 'extreme_pairs', 'pair_features', 'gap_correlations',
+           'resample_pairs']
 
 # %% ../nbs/05_gap.ipynb #2a7234c9
 import hashlib
@@ -500,3 +501,28 @@ def _spearman(name, x, y):
     if len(x) < 4 or np.ptp(x) == 0 or np.ptp(y) == 0: return dict.fromkeys(names, np.nan)
     res = pearsonr(rankdata(x), rankdata(y))
     return dict(zip(names, (res.statistic, *res.confidence_interval())))
+
+# %% ../nbs/05_gap.ipynb #fa23e20c
+def resample_pairs(
+    model,                     # Causal language model, usually the SFT model
+    tok,                       # Its tokenizer
+    reward,                    # `RewardModel`, or function (prompts, completions) -> scores
+    prompts: list,             # N texts, each once
+    max_new_tokens: int,       # Longest completion, tokens
+    n: int = 4,                # Completions of each prompt, at least 2
+    temperature: float = 1.0,  # Of the samples
+    seed: int = 0,             # Of the samples
+    batch_size: int = 64,      # Completions generated at a time
+) -> Dataset:                  # prompt, chosen (best), rejected (worst), and what `add_gaps` adds; `source_row` is the prompt's number
+    "The best and the worst of `n` sampled completions of each prompt, by the reward; prompts whose completions are all alike are left out and counted in the log"
+    if n < 2: raise UserError(f'n is {n}: a pair takes at least 2 completions of a prompt')
+    repeated = [p for p in prompts for _ in range(n)]
+    texts = sample(model, tok, repeated, max_new_tokens, temperature=temperature, seed=seed, batch_size=batch_size).completions
+    scores = np.asarray(reward(repeated, texts), float).reshape(-1, n)
+    best, worst, row = scores.argmax(1), scores.argmin(1), np.arange(len(prompts))*n
+    pairs = Dataset.from_dict(dict(prompt=list(prompts), chosen=[texts[i] for i in row + best], rejected=[texts[i] for i in row + worst],
+                                   reward_chosen=scores.max(1), reward_rejected=scores.min(1), gap=np.ptp(scores, 1), source_row=range(len(prompts))))
+    alike = [i for i, r in enumerate(pairs) if r['chosen'] == r['rejected']]
+    if alike: log.info(f'{len(alike)} of {len(prompts)} prompts left out: all {n} completions alike')
+    _gaps(pairs)
+    return pairs.select(sorted(set(range(len(pairs))) - set(alike)))
