@@ -382,7 +382,7 @@ class RewardModel:
 
     def fingerprint(self) -> str:
         "Hash of all that scores depend on: weights, configuration, tokenizer, offset, longest text"
-        config = {k: v for k, v in self.model.config.to_dict().items() if k not in ('_name_or_path', 'transformers_version')}
+        config = {k: v for k, v in self.model.config.to_dict().items() if k not in ('_name_or_path', 'transformers_version', 'architectures', 'dtype')}   # set by saving
         words = self.tok.backend_tokenizer.to_str() if self.tok.is_fast else sorted(self.tok.get_vocab().items())
         special = self.tok.bos_token_id, self.tok.eos_token_id, self.tok.pad_token_id
         h = hashlib.sha256(json.dumps([config, words, special, self.offset, self.max_length], sort_keys=True, default=str).encode())
