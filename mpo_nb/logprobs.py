@@ -480,7 +480,7 @@ def _add_product(total, a, b):
     else: total += a @ b
 
 # %% ../nbs/03_logprobs.ipynb #9118bfec
-def _piece(V): return max(128, 2**23 // V)   # rows of logits at a time: 32 MB in fp32, but enough rows for an efficient product
+def _piece(V): return max(128, 2**22 // V)   # rows of logits at a time: 16 MB in fp32, but enough rows for an efficient product
 
 def linear_logprobs(
     hidden: torch.Tensor,      # [N, D] last hidden states
@@ -488,7 +488,7 @@ def linear_logprobs(
     ids: torch.Tensor,         # [N] tokens that are predicted
     bias: torch.Tensor = None, # [V]
     temperature: float = 1.0,  # Divides the logits
-    size: int = None,          # Rows of logits that exist at a time; by default about 32 MB of them
+    size: int = None,          # Rows of logits that exist at a time; by default about 16 MB of them
 ) -> torch.Tensor:             # [N] nats, fp32
     "log softmax((hidden @ weight.T + bias) / temperature)[ids], softmax in fp32, without ever holding [N, V]"
     if torch.is_autocast_enabled(hidden.device.type):   # as the head itself would do it
