@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['KL_ESTIMATORS', 'PLOTS', 'bare', 'trunk_of', 'values_at', 'token_values', 'ValueHead', 'shared_forward', 'entropy',
-           'ActorCritic', 'rows_of', 'evaluate_samples', 'token_rewards', 'gae', 'moments', 'whiten', 'policy_loss',
-           'value_loss', 'next_kl_coef', 'shape_scores', 'follow', 'Experience', 'make_experience', 'ppo_losses',
-           'combined_reward', 'checked_scores', 'text_prompts', 'cut_at_stop', 'check_ppo_config', 'PPOConfig',
-           'rollout_rows', 'rollout_seed', 'sharing_copy', 'frozen_reference', 'with_adapter', 'policy_and_reference',
-           'critic_start', 'make_critic', 'check_processes', 'check_trainable', 'check_follows', 'PPOTrainer',
-           'explained_variance', 'completions_table', 'log_curve', 'plot_run', 'rollouts_to_reach', 'rollouts_to_gold']
+           'not_yet', 'ActorCritic', 'rows_of', 'reference_logprobs', 'evaluate_samples', 'token_rewards', 'gae',
+           'moments', 'whiten', 'policy_loss', 'value_loss', 'next_kl_coef', 'shape_scores', 'follow', 'Experience',
+           'make_experience', 'ppo_losses', 'combined_reward', 'checked_scores', 'text_prompts', 'cut_at_stop',
+           'check_ppo_config', 'PPOConfig', 'rollout_rows', 'rollout_seed', 'sharing_copy', 'frozen_reference',
+           'with_adapter', 'policy_and_reference', 'critic_start', 'make_critic', 'check_processes', 'check_trainable',
+           'check_follows', 'PPOTrainer', 'explained_variance', 'completions_table', 'log_curve', 'plot_run',
+           'rollouts_to_reach', 'rollouts_to_gold']
 
 # %% ../nbs/07_ppo.ipynb #c2f739cd
 import copy
@@ -18,6 +19,7 @@ import logging
 import math
 import os
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,7 +34,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from .data import UserError, replacing
 from .dpo import Metrics, disable_dropout
-from .logprobs import (Batch, Samples, _accepts, check_sampling, check_tokenizer, collate, completion_logits, completion_logprobs, encode_prompt, gather_logprobs, inference,
+from .logprobs import (NEVER, Batch, Samples, _accepts, check_sampling, check_tokenizer, collate, completion_logits, completion_logprobs, encode_prompt, gather_logprobs, inference,
                              decode_completion, kl_k1, kl_k2, kl_k3, masked_sum, sample, seeded)
 from .reward import RewardModel, reward_model_from
 
@@ -88,6 +90,16 @@ def entropy(logits, mask):
     logp = logits.log_softmax(-1)
     return -(logp.exp() * logp).sum(-1).masked_fill(~mask, 0.0)
 
+def not_yet(
+    logits: torch.Tensor, # [B, T, V]
+    eos_id: int,
+    n: int,               # The first `n` tokens of a completion can't be EOS
+) -> torch.Tensor:        # [B, T, V]
+    "The logits that completions of a least length are sampled from"
+    if not n: return logits
+    place, token = torch.arange(logits.shape[1], device=logits.device), torch.arange(logits.shape[2], device=logits.device)
+    return logits.masked_fill((place < n)[:, None] & (token == eos_id), NEVER)
+
 class ActorCritic(nn.Module):
     "Policy and critic as one module, so that one optimizer, one DDP wrapper and one checkpoint hold both"
     def __init__(self,
@@ -96,6 +108,7 @@ class ActorCritic(nn.Module):
         super().__init__()
         self.policy, self.critic, self.config = policy, critic, policy.config
         self.entropy_gradient = False   # only an entropy bonus needs it
+        self.least = 0, 0               # EOS id, and how many tokens come before it at least
 
     def logits_and_values(self, batch):
         if isinstance(self.critic, ValueHead): return shared_forward(self.policy, self.critic, batch)
@@ -103,7 +116,7 @@ class ActorCritic(nn.Module):
 
     def forward(self, input_ids, attention_mask, position_ids, completion_ids, mask, temperature=1.0):
         logits, values = self.logits_and_values(Batch(input_ids, attention_mask, position_ids, completion_ids, mask))
-        logits = logits / temperature
+        logits = not_yet(logits / temperature, *self.least)
         with torch.set_grad_enabled(self.entropy_gradient and torch.is_grad_enabled()): h = entropy(logits, mask)
         return gather_logprobs(logits, completion_ids, mask), h, values
 
@@ -116,6 +129,11 @@ class ActorCritic(nn.Module):
 def rows_of(samples, rows, pad_id, device=None):
     "Batch of the given rows of `samples`"
     return collate([samples.prompt_ids[i] for i in rows], [samples.completion_ids[i] for i in rows], pad_id, device)
+
+def reference_logprobs(ref_model, batch, temperature, eos_id, n):
+    "[B, T] log-probs of the reference, under the same temperature and least length as the policy's"
+    if not n: return completion_logprobs(ref_model, batch, temperature)
+    return gather_logprobs(not_yet(completion_logits(ref_model, batch) / temperature, eos_id, n), batch.completion_ids, batch.mask)
 
 def evaluate_samples(
     model: ActorCritic,        # Policy and critic
@@ -136,7 +154,7 @@ def evaluate_samples(
             rows = order[start:start + batch_size]
             batch = rows_of(samples, rows, pad_id, device)
             logp, h, v = model(**vars(batch), temperature=temperature)
-            ref = completion_logprobs(ref_model, batch, temperature)
+            ref = reference_logprobs(ref_model, batch, temperature, *model.least)
             for k, x in enumerate((logp, ref, v, h)): out[k][rows, :x.shape[1]] = x.float().cpu()
     return *out, mask
 
@@ -338,6 +356,7 @@ def check_ppo_config(a):
     for k in ('kl_target', 'target_kl', 'clip_scores', 'cliprange_value', 'log_completions', 'generation_batch_size'):
         need(getattr(a, k) is None or getattr(a, k) > 0, k, 'it must be positive, or null for none')
     for k in ('kl_coef', 'entropy_coef', 'vf_coef'): need(getattr(a, k) >= 0, k, 'it must not be negative')
+    need(0 <= a.min_new_tokens < a.max_new_tokens, 'min_new_tokens', f'it must lie between 0 and max_new_tokens = {a.max_new_tokens}')
     need(a.kl_horizon > 0, 'kl_horizon', 'it must be positive')
     need(a.kl_estimator in KL_ESTIMATORS, 'kl_estimator', f'choose one of {", ".join(KL_ESTIMATORS)}')
     need(a.ref_ema is None or 0 <= a.ref_ema < 1, 'ref_ema', 'it must lie in [0, 1), or be null for a fixed reference')
@@ -376,6 +395,7 @@ class PPOConfig(TrainingArguments):
     whiten_rewards: bool = field(default=False, metadata={'help': 'Scale token rewards to standard deviation 1 around their mean.'})
     temperature: float = field(default=1.0, metadata={'help': 'Sampling temperature; log-probs of policy and reference are at the same temperature.'})
     max_new_tokens: int = field(default=64, metadata={'help': 'Longest completion in tokens.'})
+    min_new_tokens: int = field(default=0, metadata={'help': 'EOS cannot be one of the first so many tokens of a completion, in sampling and in all log-probs.'})
     stop_strings: list[str] | None = field(default=None, metadata={'help': 'A completion ends with the token that completes one of these.'})
     max_prompt_length: int | None = field(default=None, metadata={'help': 'Longer prompts are set aside and counted, tokens.'})
     missing_eos_penalty: float = field(default=1.0, metadata={'help': 'Taken from the score of a completion that does not end.'})
@@ -439,7 +459,9 @@ def with_adapter(
     config = copy.deepcopy(peft_config)
     if config.is_prompt_learning: raise UserError(f'{type(config).__name__} adds virtual tokens, and PPO would misplace the log-probs: use an adapter of weights such as LoraConfig')
     for k, v in changes.items(): setattr(config, k, v)
-    with seeded(seed): return get_peft_model(sharing_copy(model, lambda p: True), config)
+    with seeded(seed), warnings.catch_warnings():
+        warnings.simplefilter('ignore', FutureWarning)   # PEFT asks transformers for a name that it has deprecated
+        return get_peft_model(sharing_copy(model, lambda p: True), config)
 
 def policy_and_reference(model, ref_model, peft_config, seed):
     "The model to train and its reference"
@@ -523,7 +545,7 @@ class PPOTrainer(Trainer):
         if args.ref_ema is not None: check_follows(self.ref_model, policy)
         actor_critic = ActorCritic(policy, ValueHead(policy) if critic is None else critic)
         check_trainable(policy=actor_critic.policy, critic=actor_critic.critic)
-        actor_critic.entropy_gradient = args.entropy_coef > 0
+        actor_critic.entropy_gradient, actor_critic.least = args.entropy_coef > 0, (tok.eos_token_id, args.min_new_tokens)
         for m in [policy] if critic is None else [policy, critic]: disable_dropout(m)
         self._plan(args, len(data['train']) if 'train' in data else 0)
         with seeded(args.seed):    # Trainer seeds the global generators: not ours to change
@@ -620,7 +642,7 @@ def _sample(self: PPOTrainer, prompts, seed):
     "Completions of the policy as it is now"
     a = self.args
     # PEFT's wrapper would put its own generation config in front of ours
-    samples = sample(bare(self.policy), self.processing_class, prompts, a.max_new_tokens, a.temperature, seed, batch_size=a.generation_batch_size or len(prompts))
+    samples = sample(bare(self.policy), self.processing_class, prompts, a.max_new_tokens, a.temperature, seed, a.generation_batch_size or len(prompts), min_new_tokens=a.min_new_tokens)
     return cut_at_stop(samples, self.processing_class, a.stop_strings) if a.stop_strings else samples
 
 @patch
@@ -808,19 +830,21 @@ def plot_run(
 def rollouts_to_reach(
     curve,            # One value a rollout
     target: float,    # To be reached
-    window: int = 5,  # by the mean of so many rollouts
+    window: int = 5,  # by the mean of so many values
 ):                    # Rollouts until then, or None
     "The first rollout at whose end the mean of the last `window` values is at least `target`"
     return next((k for k in range(window, len(curve) + 1) if sum(curve[k - window:k]) / window >= target), None)
 
 def rollouts_to_gold(
-    ppo: list,        # `log_history` of PPO from the SFT model, with objective/gold once a rollout
-    mpo: list,        # The same of PPO from the DPO model
-    window: int = 5,  # Rollouts that are averaged
-) -> dict:            # final (gold of PPO at its end), ppo (its rollouts), mpo (rollouts until it has reached that; None: not), share
+    ppo: list,                     # `log_history` of PPO from the SFT model
+    mpo: list,                     # The same of PPO from the DPO model
+    window: int = 5,               # Values that are averaged
+    key: str = 'objective/gold',   # Log entry that holds the gold score
+    every: int = 1,                # Rollouts from one entry to the next
+) -> dict:                         # final (gold of PPO at its end), ppo (its rollouts), mpo (rollouts until it has reached that; None: not), share
     "How many of PPO's rollouts does PPO from the DPO model need for the gold score that PPO from the SFT model ends with?"
-    gold = [[l['objective/gold'] for l in log if 'objective/gold' in l] for log in (ppo, mpo)]
-    if min(map(len, gold)) < window: raise UserError(f'a run has only {min(map(len, gold))} rollouts with objective/gold: at least {window} are needed')
+    gold = [[l[key] for l in log if key in l] for log in (ppo, mpo)]
+    if min(map(len, gold)) < window: raise UserError(f'a run has only {min(map(len, gold))} entries {key}: at least {window} are needed')
     final = sum(gold[0][-window:]) / window
     reached = rollouts_to_reach(gold[1], final, window)
-    return dict(final=final, ppo=len(gold[0]), mpo=reached, share=reached and reached / len(gold[0]))
+    return dict(final=final, ppo=every * len(gold[0]), mpo=reached and every * reached, share=reached and reached / len(gold[0]))

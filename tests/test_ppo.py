@@ -692,7 +692,7 @@ def test_item13_policy_and_reference_run_in_the_same_precision(tmp_path):
 # ---- the rest of the rollout
 
 def test_item09_chunks_of_generation_make_one_rollout(tmp_path):
-    "8 prompts in chunks of 3, 3 and 2: eight rows in their order, nothing behind EOS, pads only on the right, log-probs those of each row alone [fails when chunks aren't put back into the order of the prompts]"
+    "8 prompts in chunks of 3, 3 and 2: eight rows in their order, nothing behind EOS, pads only on the right, log-probs those of each row alone [fails when `sample` gives rows back in the order of their lengths, and when the last chunk is dropped]"
     seen = []
     t = ppo_trainer(tmp_path, generation_batch_size=3, learning_rate=0., reward=lambda p, c: seen.extend(p) or letters(p, c))
     t.train()
@@ -750,7 +750,7 @@ def test_item16_a_rollout_stops_at_eos(tmp_path):
 # ---- options
 
 @pytest.mark.parametrize('kw, what', [(dict(kl_target=0.), 'kl_target is 0'), (dict(kl_target=-1.), 'kl_target'), (dict(kl_target=1., kl_horizon=0), 'kl_horizon is 0'), (dict(kl_target=1., kl_coef=0.), 'kl_coef'),
-                                      (dict(kl_estimator='k4'), 'kl_estimator'), (dict(ref_ema=1.), 'ref_ema'), (dict(kl_coef=-.1), 'kl_coef'), (dict(clip_scores=0.), 'clip_scores'),
+                                      (dict(min_new_tokens=64), 'min_new_tokens'), (dict(kl_estimator='k4'), 'kl_estimator'), (dict(ref_ema=1.), 'ref_ema'), (dict(kl_coef=-.1), 'kl_coef'), (dict(clip_scores=0.), 'clip_scores'),
                                       (dict(target_kl=0.), 'target_kl'), (dict(stop_strings=['']), 'stop_strings'), (dict(stop_strings='x'), 'stop_strings'), (dict(entropy_coef=-1.), 'entropy_coef'),
                                       (dict(rollout_batch_size=6, num_mini_batches=4), 'multiple'), (dict(gradient_accumulation_steps=2), 'gradient_accumulation_steps')])
 def test_item12_senseless_settings_are_refused(kw, what, tmp_path):
@@ -1195,3 +1195,37 @@ def test_every_item_has_a_test(item):
     "Here; some have more in test_logprobs.py and test_reward.py [fails when one is renamed]"
     names = re.findall(r'^def (test_\w+)', Path(__file__).read_text(encoding='utf-8'), re.M)
     assert any(re.match(rf'test_item(\d\d_and_)?{item:02d}_', n) for n in names)
+
+
+def test_the_best_checkpoint_can_be_loaded_at_the_end(tmp_path):
+    "By a score on evaluation prompts: policy and critic are those of that checkpoint [fails when `_load_best_model` does nothing]"
+    prompts = util.Dataset.from_dict({'prompt': toy_prompts(8)})
+    t = ppo_trainer(tmp_path, num_rollouts=4, learning_rate=.3, eval_strategy='steps', eval_steps=1, save_strategy='steps', save_steps=1, load_best_model_at_end=True,
+                    metric_for_best_model='objective/score', greater_is_better=True, trainer=dict(eval_dataset=prompts))
+    t.train()
+    scores = logged(t, 'eval_objective/score')
+    best = max(range(4), key=scores.__getitem__) + 1
+    assert best < 4 and t.state.best_model_checkpoint.endswith(f'checkpoint-{best}'), scores
+    assert distance(weights(AutoModelForCausalLM.from_pretrained(tmp_path/f'checkpoint-{best}')), weights(t.policy)) == 0
+    assert distance(weights(RewardModel.load(tmp_path/f'checkpoint-{best}'/'critic', tok=toy_tokenizer()).model), weights(t.model.critic)) == 0
+
+
+@pytest.mark.parametrize('engine', ['_decode', '_generate'])
+def test_item07_a_least_length_is_in_every_log_prob(engine, updates, tmp_path, monkeypatch):
+    "No EOS among the first three tokens, in the sampling and in all log-probs: policy, reference and old ones are softmaxes without it, the ratio is 1, the entropy finite [fails when the reference, or the update, keeps EOS]"
+    from mpo_nb import logprobs
+    monkeypatch.setattr(logprobs, '_engine', lambda model: getattr(logprobs, engine))
+    policy, ref = talker('llama', eos=6.), talker('llama', eos=6., seed=5)
+    old, reference = copy.deepcopy(policy), copy.deepcopy(ref)
+    t = ppo_trainer(tmp_path, policy, ref, min_new_tokens=3, temperature=.8, entropy_coef=.01)
+    t.train()
+    s = t.experience.samples
+    assert min(map(len, s.completion_ids)) == 4 and sum(s.ended) > 4
+    def alone(model, p, c):
+        logits = model(torch.tensor([p + c])).logits[0, len(p) - 1:-1] / .8
+        logits[:3, 1] = -math.inf
+        return logits.log_softmax(-1).gather(1, torch.tensor(c)[:, None])[:, 0]
+    with torch.no_grad(): logps, refs = ([alone(m, p, c) for p, c in zip(s.prompt_ids, s.completion_ids)] for m in (old, reference))
+    for i, r in enumerate(logps): torch.testing.assert_close(t.experience.logprobs[i, :len(r)], r, atol=1e-5, rtol=0)
+    assert drift(updates)[0] < 1e-5 and all(math.isfinite(v) for l in logged(t) for v in l.values())
+    assert logged(t, 'objective/kl')[0] == pytest.approx(np.mean([float((a - b).sum()) for a, b in zip(logps, refs)]), abs=1e-4)
