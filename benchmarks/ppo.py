@@ -202,7 +202,7 @@ def show(name, r, peak):
 def main():
     p = argparse.ArgumentParser()
     p.add_argument('--settings', nargs='+', default=list(SETTINGS), choices=list(SETTINGS))
-    p.add_argument('--rounds', type=int, default=7, help='iterations of each, of which the first is a warm-up')
+    p.add_argument('--rounds', type=int, default=6, help='iterations of each, of which the first is a warm-up')
     p.add_argument('--micro', type=int, default=MICRO)
     p.add_argument('--trl', default=os.environ.get('TRL_FOLDER', Path.home()/'.cache'/'mpo_nb'/TRL.replace('==', '-')), help='folder of TRL 1.12.0; installed there if it is missing')
     p.add_argument('--out', default=Path(__file__).parent/'results')
@@ -214,7 +214,7 @@ def main():
     for name in a.settings:
         r = result['settings'][name] = dict(SETTINGS[name], micro=a.micro, flop=needed(**SETTINGS[name]), **compare(name, a.micro, a.rounds, folder))
         show(name, r, peak)
-    if a.out:
+        if not a.out: continue
         Path(a.out).mkdir(parents=True, exist_ok=True)
         (Path(a.out)/'ppo.json').write_text(json.dumps(result, indent=1) + '\n')
 

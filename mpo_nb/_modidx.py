@@ -399,6 +399,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'mpo_nb.ppo._save_experience': ('ppo.html#_save_experience', 'mpo_nb/ppo.py'),
                             'mpo_nb.ppo._save_part': ('ppo.html#_save_part', 'mpo_nb/ppo.py'),
                             'mpo_nb.ppo.bare': ('ppo.html#bare', 'mpo_nb/ppo.py'),
+                            'mpo_nb.ppo.by_length': ('ppo.html#by_length', 'mpo_nb/ppo.py'),
                             'mpo_nb.ppo.check_follows': ('ppo.html#check_follows', 'mpo_nb/ppo.py'),
                             'mpo_nb.ppo.check_ppo_config': ('ppo.html#check_ppo_config', 'mpo_nb/ppo.py'),
                             'mpo_nb.ppo.check_processes': ('ppo.html#check_processes', 'mpo_nb/ppo.py'),

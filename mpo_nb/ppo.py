@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['KL_ESTIMATORS', 'PLOTS', 'bare', 'trunk_of', 'values_at', 'token_values', 'ValueHead', 'shared_forward', 'entropy',
-           'not_yet', 'ActorCritic', 'rows_of', 'reference_logprobs', 'evaluate_samples', 'token_rewards', 'gae',
-           'moments', 'whiten', 'policy_loss', 'value_loss', 'next_kl_coef', 'shape_scores', 'follow', 'Experience',
-           'make_experience', 'ppo_losses', 'combined_reward', 'checked_scores', 'text_prompts', 'cut_at_stop',
-           'check_ppo_config', 'PPOConfig', 'rollout_rows', 'rollout_seed', 'sharing_copy', 'frozen_reference',
-           'with_adapter', 'policy_and_reference', 'critic_start', 'make_critic', 'check_processes', 'check_trainable',
-           'check_follows', 'PPOTrainer', 'explained_variance', 'completions_table', 'log_curve', 'plot_run',
-           'rollouts_to_reach', 'rollouts_to_gold']
+           'not_yet', 'ActorCritic', 'rows_of', 'reference_logprobs', 'by_length', 'evaluate_samples', 'token_rewards',
+           'gae', 'moments', 'whiten', 'policy_loss', 'value_loss', 'next_kl_coef', 'shape_scores', 'follow',
+           'Experience', 'make_experience', 'ppo_losses', 'combined_reward', 'checked_scores', 'text_prompts',
+           'cut_at_stop', 'check_ppo_config', 'PPOConfig', 'rollout_rows', 'rollout_seed', 'sharing_copy',
+           'frozen_reference', 'with_adapter', 'policy_and_reference', 'critic_start', 'make_critic', 'check_processes',
+           'check_trainable', 'check_follows', 'PPOTrainer', 'explained_variance', 'completions_table', 'log_curve',
+           'plot_run', 'rollouts_to_reach', 'rollouts_to_gold']
 
 # %% ../nbs/07_ppo.ipynb #c2f739cd
 import copy
@@ -135,6 +135,10 @@ def reference_logprobs(ref_model, batch, temperature, eos_id, n):
     if not n: return completion_logprobs(ref_model, batch, temperature)
     return gather_logprobs(not_yet(completion_logits(ref_model, batch) / temperature, eos_id, n), batch.completion_ids, batch.mask)
 
+def by_length(samples, rows):
+    "`rows` of `samples`, the shortest first: batches of rows of like length hold little padding"
+    return sorted(rows, key=lambda i: len(samples.prompt_ids[i]) + len(samples.completion_ids[i]))
+
 def evaluate_samples(
     model: ActorCritic,        # Policy and critic
     ref_model,                 # Reference policy π0
@@ -148,7 +152,7 @@ def evaluate_samples(
     lens = torch.tensor([len(c) for c in samples.completion_ids])
     mask = torch.arange(lens.max())[None] < lens[:, None]
     out = torch.zeros(4, *mask.shape)
-    order = sorted(range(len(samples)), key=lambda i: len(samples.prompt_ids[i]) + len(samples.completion_ids[i]))
+    order = by_length(samples, range(len(samples)))
     with inference(model), inference(ref_model):
         for start in range(0, len(order), batch_size):
             rows = order[start:start + batch_size]
@@ -583,7 +587,7 @@ class PPOTrainer(Trainer):
         if k != self.rollout_index: self._rollout(k)
         self._stop_when_far(step)
         epoch, minibatch = divmod(step, self.args.num_mini_batches)
-        rows = self._shuffled(k, epoch)[minibatch * self.args.mini_batch_size:][:self.args.mini_batch_size]
+        rows = by_length(self.experience.samples, self._shuffled(k, epoch)[minibatch * self.args.mini_batch_size:][:self.args.mini_batch_size])
         tokens = self._total(self.experience.mask[rows].sum())
         size = self.args.per_device_train_batch_size
         return [self._micro_batch(rows[i:i + size]) for i in range(0, len(rows), size)], tokens
