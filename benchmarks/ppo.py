@@ -18,7 +18,7 @@ SETTINGS = {'fixed': dict(tokens=32, epochs=4),                                 
             'early': dict(tokens=32, epochs=4, mean=32 / 3),                    # responses end early, after a third of the limit on average
             'early+trunk': dict(tokens=32, epochs=4, mean=32 / 3, trunk=True),
             'long': dict(tokens=128, epochs=1)}                                 # one epoch, 128 tokens
-MICRO = 16                                                                      # rows of a micro-batch, TRL's fastest of 8, 16, 32, 64 here
+MICRO = 16                                                                      # rows of a micro-batch, in both
 
 
 # ---- the same task for both
