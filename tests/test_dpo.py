@@ -786,24 +786,25 @@ def test_encoder_decoders_are_refused(tmp_path):
 
 def shared_run(folder, size):
     "Four AdamW steps of 8 pairs each, `size` pairs a process, with an evaluation at the end"
-    t = dpo_trainer(folder, tiny(seed=1), ref=tiny(seed=2), pairs=toy_pairs(20), per_device_train_batch_size=size, max_steps=4, optim='adamw_torch', learning_rate=1e-2, max_grad_norm=1., ddp_find_unused_parameters=False,
+    t = dpo_trainer(folder, tiny(seed=1), ref=tiny(seed=2), pairs=toy_pairs(24), per_device_train_batch_size=size, max_steps=4, optim='adamw_torch', learning_rate=1e-2, max_grad_norm=1., ddp_find_unused_parameters=False,
                     trainer=dict(eval_dataset=toy_pairs(8, seed=7)))
     t.train()
     t.evaluate()
     return t
 
 def test_two_processes_end_where_one_does(tmp_path):
-    "`accelerate launch` with two CPU processes (gloo), 4 pairs each, against one with 8: weights, losses, rewards and reference log-probs, to 1e-5 [fails when the loss isn't multiplied by the number of processes, and when each process has its own order of the data]"
+    "Two CPU processes (gloo) under the launcher that `accelerate launch` starts, 4 pairs each, against one with 8: weights, losses, rewards and reference log-probs, to 1e-5 [fails when the loss isn't multiplied by the number of processes, and when each process has its own order of the data]"
     one = shared_run(tmp_path/'one', 8)
     code = tmp_path/'two.py'
     code.write_text('import conftest, sys, torch; torch.set_num_threads(1)\n'
                     'from test_dpo import shared_run, logged, weights\n'
                     't = shared_run(sys.argv[1], 4)\n'
                     'assert t.accelerator.num_processes == 2 and type(t.model_wrapped).__name__ == "DistributedDataParallel"\n'
-                    'if t.is_world_process_zero(): torch.save((weights(t.model), logged(t), t.train_dataset["ref_chosen"][:]), sys.argv[2])\n')
+                    'if t.is_world_process_zero(): torch.save((weights(t.model), logged(t), t.train_dataset["ref_chosen"][:]), sys.argv[2])\n'
+                    't.accelerator.end_training()\n')
     here = Path(__file__).parent
-    p = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', '0', str(code), str(tmp_path/'two'), str(tmp_path/'out.pt')],
-                       cwd=here, env=os.environ | dict(PYTHONPATH=f'{here}:{here.parent}', OMP_NUM_THREADS='1'), capture_output=True, text=True, timeout=600)
+    p = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--standalone', str(code), str(tmp_path/'two'), str(tmp_path/'out.pt')],
+                       cwd=here, env=os.environ | dict(PYTHONPATH=f'{here}:{here.parent}', OMP_NUM_THREADS='1'), capture_output=True, text=True, timeout=240)
     assert p.returncode == 0, p.stderr[-3000:]
     theirs, log, ref = torch.load(tmp_path/'out.pt', weights_only=True)
     assert distance(weights(tiny(seed=1)), weights(one.model)) > 1e-2
