@@ -929,8 +929,10 @@ def test_completions_are_kept_every_n_rollouts(tmp_path):
 
 
 def test_explained_variance_by_hand():
-    "1 for a perfect critic, 0 for a constant, over real tokens, and the same over two processes [fails when masked places count]"
+    "1 for a perfect critic, 0 for a constant, over real tokens [fails when masked places count]"
     r, mask = torch.tensor([[1., 2., 9e9], [4., 9e9, 9e9]]), lengths_of([2, 1], 3)
+    v = torch.tensor([[2., 2., 7.], [5., -1e6, 0.]])   # errors -1, 0, -1; returns 1, 2, 4: variances 2/9 and 14/9
+    assert explained_variance(r, v, mask) == pytest.approx(1 - 2 / 14, abs=1e-6)
     assert explained_variance(r, r, mask) == 1 and explained_variance(r, torch.full_like(r, 3.), mask) == pytest.approx(0, abs=1e-6)
 
 
