@@ -1008,7 +1008,7 @@ def test_item32_an_adapted_policy_is_its_own_reference(tmp_path):
 
 
 def test_item33_adapters_are_trained_and_nothing_else(with_lora):
-    "requires_grad is what it was through three rollouts; every trainable weight is in the optimizer and has moved; reference, reward model and its scores have not [fails when the head of the critic isn't trained, or is the reward model's own]"
+    "requires_grad is what it was through three rollouts; every trainable weight is in the optimizer and has moved; reference, reward model and its scores have not [fails when the critic's adapter is made for another task than SEQ_CLS, so that the head isn't trained]"
     t, (wants, ref_wants) = with_lora['t'], with_lora['wants']
     assert wants == {k: p.requires_grad for k, p in t.model.named_parameters()} and any(wants.values())
     assert ref_wants == {k: p.requires_grad for k, p in t.ref_model.named_parameters()} and not any(ref_wants.values())
