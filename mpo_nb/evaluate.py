@@ -452,10 +452,10 @@ def check_verdicts(
     for c in ('id', 'verdict'):
         if c not in out: raise UserError(f"the judge returned no column {c!r}, only {', '.join(map(str, out.columns))}")
     for what, ids in (('twice', out.id[out.id.duplicated()]), ('that it was not given', out.id[~out.id.isin(rows.id)])):
-        if len(ids): raise UserError(f"the judge returned id {ids.iloc[0]!r} {what} ({len(ids)} such rows); return one verdict for each id")
+        if len(ids): raise UserError(f"the judge returned id {ids.iloc[0]} {what} ({len(ids)} such rows); return one verdict for each id")
     lost, bad = rows.id[~rows.id.isin(out.id)], out[~out.verdict.isin(VERDICTS)]
-    if len(lost): raise UserError(f"the judge returned nothing for id {lost.iloc[0]!r} ({len(lost)} such rows); a row without a verdict is 'failed', with the reason")
-    if len(bad): raise UserError(f"the judge's verdict for id {bad.id.iloc[0]!r} is {bad.verdict.iloc[0]!r}; give one of {', '.join(VERDICTS)}")
+    if len(lost): raise UserError(f"the judge returned nothing for id {lost.iloc[0]} ({len(lost)} such rows); a row without a verdict is 'failed', with the reason")
+    if len(bad): raise UserError(f"the judge's verdict for id {bad.id.iloc[0]} is {bad.verdict.iloc[0]!r}; give one of {', '.join(VERDICTS)}")
     if 'reason' not in out: out['reason'] = ''
     return out.set_index('id').loc[list(rows.id)].reset_index()
 

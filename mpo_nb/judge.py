@@ -263,9 +263,9 @@ def key(self:LLMJudge, q:Question)->str:
 def _check_rows(rows):
     "`rows`, or `UserError` naming the id of what is double or not text"
     if missing := [c for c in ('id', 'prompt', 'a', 'b') if c not in rows]: raise UserError(f"rows to judge need the columns id, prompt, a, b; {', '.join(missing)} missing")
-    if (twice := rows.id.duplicated()).any(): raise UserError(f'id {rows.id[twice].iloc[0]!r} occurs more than once among the rows to judge')
+    if (twice := rows.id.duplicated()).any(): raise UserError(f'id {rows.id[twice].iloc[0]} occurs more than once among the rows to judge')
     for c in ('prompt', 'a', 'b'):
-        if (bad := ~rows[c].map(lambda t: isinstance(t, str))).any(): raise UserError(f'id {rows.id[bad].iloc[0]!r}: {c} is not text')
+        if (bad := ~rows[c].map(lambda t: isinstance(t, str))).any(): raise UserError(f'id {rows.id[bad].iloc[0]}: {c} is not text')
     return rows
 
 # %% ../nbs/09_judge.ipynb #fe0ad0be
