@@ -514,13 +514,15 @@ def sign_test(
     return float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.
 
 def rate_ci(
-    wins:int, ties:int, losses:int,
-    confidence:float=0.95,           # of the interval
-    seed:int=0,                      # of the bootstrap
-)->tuple:                            # [low, high], name of the method
+    x,                      # [n] outcomes 1, 0.5 or 0, one for each prompt
+    confidence:float=0.95,  # of the interval
+    seed:int=0,             # of the bootstrap
+)->tuple:                   # [low, high], name of the method
     "Interval of a win rate: bootstrap over prompts, or Wilson's (adjusted for ties) where there are too few verdicts for that"
-    if wins + ties + losses < 50 or min(wins, losses) + ties/2 < 5: return wilson_ci(wins, ties, losses, confidence), 'wilson'
-    return bootstrap_ci([1.]*wins + [.5]*ties + [0.]*losses, confidence, seed=seed), 'bootstrap'
+    x = np.asarray(x, dtype=float)
+    wins, ties, losses = [int((x == v).sum()) for v in (1, .5, 0)]
+    if len(x) < 50 or min(wins, losses) + ties/2 < 5: return wilson_ci(wins, ties, losses, confidence), 'wilson'
+    return bootstrap_ci(x, confidence, seed=seed), 'bootstrap'
 
 # %% ../nbs/08_evaluate.ipynb #5c1a0e09
 def bradley_terry(
@@ -634,9 +636,9 @@ def _comparison(verdicts, pairs, name, confidence, seed):
 def _pair_numbers(verdicts, name, confidence, seed):
     "The row of one pair"
     c = tally(verdicts.verdict, name, verdicts.reason)
-    n = c['wins'] + c['ties'] + c['losses']
-    (lo, hi), method = rate_ci(c['wins'], c['ties'], c['losses'], confidence, seed)
-    return dict(n=n, **c, win_rate=(c['wins'] + c['ties']/2) / n, lo=lo, hi=hi, method=method, p=sign_test(c['wins'], c['losses']))
+    x = verdicts.verdict.map({'a': 1., 'tie': .5, 'b': 0.}).dropna().to_numpy(float)
+    (lo, hi), method = rate_ci(x, confidence, seed)
+    return dict(n=len(x), **c, win_rate=(c['wins'] + c['ties']/2) / len(x), lo=lo, hi=hi, method=method, p=sign_test(c['wins'], c['losses']))
 
 # %% ../nbs/08_evaluate.ipynb #5c1a0e0d
 def compare_scores(
