@@ -373,6 +373,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'mpo_nb.mpo.load_recipe': ('mpo.html#load_recipe', 'mpo_nb/mpo.py'),
                             'mpo_nb.mpo.locked': ('mpo.html#locked', 'mpo_nb/mpo.py'),
                             'mpo_nb.mpo.main': ('mpo.html#main', 'mpo_nb/mpo.py'),
+                            'mpo_nb.mpo.pair_table': ('mpo.html#pair_table', 'mpo_nb/mpo.py'),
                             'mpo_nb.mpo.parse_recipe': ('mpo.html#parse_recipe', 'mpo_nb/mpo.py'),
                             'mpo_nb.mpo.plot_training': ('mpo.html#plot_training', 'mpo_nb/mpo.py'),
                             'mpo_nb.mpo.read_json': ('mpo.html#read_json', 'mpo_nb/mpo.py'),

@@ -551,7 +551,8 @@ def _centred(fit, names):
     "Strengths that sum to 0, with standard errors, from a fit in which the first is 0"
     k = len(names)
     C = (np.eye(k) - 1/k)[:, 1:]
-    s, se = C @ fit.params, np.sqrt(np.diag(C @ fit.cov_params() @ C.T))
+    s, var = C @ fit.params, np.diag(C @ fit.cov_params() @ C.T)
+    se = np.sqrt(np.where(var > 1e-12, var, np.nan))   # too few prompts to know
     half = stats.norm.ppf(.975) * se
     return pd.DataFrame(dict(strength=s, se=se, lo=s - half, hi=s + half), index=pd.Index(names, name='policy')).sort_values('strength', ascending=False)
 
@@ -710,7 +711,7 @@ def fit_frontier(
     if form not in ('rl', 'bon'): raise UserError(f"form {form!r}: give rl or bon")
     kl, y = np.asarray(kl, dtype=float), np.asarray(score, dtype=float) - start
     use = np.isfinite(kl) & np.isfinite(y) & (kl > 0)
-    if use.sum() < 3: raise UserError(f"{use.sum()} policies with a KL above 0: a curve with two parameters needs at least three, such as checkpoints of a run")
+    if len(np.unique(kl[use])) < 3: raise UserError(f"{len(np.unique(kl[use]))} different KLs above 0: a curve with two parameters needs at least three, such as checkpoints of a run")
     shape = lambda d: np.column_stack([d, -d*np.log(d) if form == 'rl' else -d**2])
     se = np.ones(len(y)) if score_se is None else np.maximum(np.asarray(score_se, dtype=float), 1e-9)
     fit = sm.WLS(y[use], shape(np.sqrt(kl[use])), weights=1/se[use]**2).fit()
@@ -731,7 +732,7 @@ def plot_gold_proxy(
     for column, color in ((proxy, 'C1'), (gold, 'C0')):
         se = df.get(f'{column}_se')
         ax.errorbar(np.sqrt(df.kl.clip(lower=0)), df[column], yerr=None if se is None else 1.96*se, fmt='o', ms=4, capsize=2, color=color, ls=':' if column == proxy else '', label=column)
-    if form and (df.kl > 0).sum() >= 3:
+    if form and df.kl[df.kl > 0].nunique() >= 3:
         fit, at = fit_frontier(df.kl, df[gold], float(df[gold].iloc[0]), form, df.get(f'{gold}_se')), np.linspace(1e-3, df.kl.max(), 200)
         ax.plot(np.sqrt(at), fit['curve'](at), color='C0', label=f"{'d(α - β log d)' if form == 'rl' else 'd(α - β d)'}: α {fit['alpha']:.2f}, β {fit['beta']:.2f}")
     ax.legend(fontsize='small')
