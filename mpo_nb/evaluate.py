@@ -964,7 +964,7 @@ def eval_command(
     p, argv = _eval_parser(), dashes(argv)
     if not argv or {'-h', '--help'} & set(argv): p.print_help(); return 0
     if argv[0].startswith('-'): raise UserError('first say which completions: mpo eval FILE [--key value ...]')
-    o, out = parse_options(p, argv[1:]), None
+    o = parse_options(p, argv[1:])
     df = read_completions(argv[0])
     if o.common: df = common_prompts(df)
     df, scores = _with_scores(df, o)

@@ -528,14 +528,15 @@ def test_bradley_terry_without_a_loss_or_a_link():
 
 def test_item69_length_controlled_rate_finds_what_was_put_in():
     """Quality and a liking for length put in by hand: the rate at equal length is found again in 93 to 97 of 100 simulations, the plain rate is far off [fails without the length in the regression]"""
-    rng, hits, n = np.random.default_rng(0), [], 300
+    rng, hits, plain, n = np.random.default_rng(0), [], [], 300
     for _ in range(200):
         la, lb = rng.integers(20, 60, n), rng.integers(10, 50, n)
         z = np.tanh((la - lb) / (la - lb).std())
         rows = pd.DataFrame(dict(id=range(n), a_length=la, b_length=lb))
         c = length_check(rows, pd.DataFrame(dict(id=range(n), verdict=np.where(rng.random(n) < 1/(1 + np.exp(-.5 - 1.5*z)), 'a', 'b'))), warn_above=1)
+        plain.append(c['win_rate'])
         hits.append(c['controlled_ci'][0] < 1/(1 + np.exp(-.5)) < c['controlled_ci'][1])
-    assert .92 <= np.mean(hits) <= .98 and c['win_rate'] > .68
+    assert .92 <= np.mean(hits) <= .98 and np.mean(plain) > .68
 
 
 def test_item69_lengths_of_texts_and_what_cannot_be_known():
@@ -573,7 +574,7 @@ def test_gaos_curve_is_found_again(form):
 
 
 @pytest.mark.parametrize('temperature', [1., .6])
-def test_stepwise_kl_has_the_same_mean_and_less_scatter(tiny, temperature):
+def test_stepwise_kl_has_the_same_mean_and_less_scatter(tiny, temperature, one_thread):
     "Against the exact KL, by enumeration of the first step; padding changes nothing [fails at another temperature]"
     s = sample(tiny['policy'], tiny['tok'], tiny['prompts'] * 60, 4, temperature=temperature, batch_size=360)
     k1 = kl_to_ref(tiny['policy'], tiny['ref'], tiny['tok'], s, batch_size=360, temperature=temperature)
