@@ -321,7 +321,7 @@ function render({ model, el }) {
     status.textContent = `${view.done} of ${view.total}` + (view.skipped ? `, ${view.skipped} skipped` : '') + (view.note ? ` · ${view.note}` : '');
     status.classList.toggle('error', view.error);
     question.textContent = view.question;
-    prompt.textContent = view.prompt; left.textContent = view.left; right.textContent = view.right;
+    prompt.textContent = view.prompt.trim(); left.textContent = view.left.trim(); right.textContent = view.right.trim();
     for (const text of [prompt, left, right]) text.scrollTop = 0;
     if (!view.error) comment.value = '';
     for (const { action, button } of all) button.hidden = !view.offered.includes(action);
@@ -486,7 +486,7 @@ def verdict_table(
     votes:pd.DataFrame,      # from `load_votes`
     both_bad='tie',          # the verdict that "both bad" becomes; None keeps it
     **judges,                # name -> verdicts (id, verdict) of other judges
-)->pd.DataFrame:             # [ids, raters]: a, b, tie; None where there is no verdict
+)->pd.DataFrame:             # [ids, raters]: a, b, tie; missing (NaN) where there is no verdict
     "Verdicts of annotators and judges side by side"
     table = votes.pivot(index='id', columns='annotator', values='verdict')
     for name, v in judges.items():
