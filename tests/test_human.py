@@ -143,7 +143,7 @@ def _vote_for_ever(folder, pipe):
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
 def test_killed_at_random_moments_nothing_confirmed_is_lost(tmp_path):
-    "SIGKILL ten times while votes and undos are written: the file holds every confirmed one, and at most one more. (Without flush: fails.)"
+    "SIGKILL ten times while votes and undos are written: the file holds every confirmed one, and at most one more. (The file written anew at each vote: fails.)"
     ctx, confirmed, rng = get_context('fork'), [], np.random.default_rng(0)
     for _ in range(10):
         here, there = ctx.Pipe(False)
@@ -217,6 +217,15 @@ def test_undo_walks_back_through_restarts_to_the_very_start(tmp_path):
         assert ann.undo() == pair and ann.current == pair
     assert ann.undo() is None and ann.votes == {} and ann.todo == order
     with pytest.raises(UserError, match='no pair'): ann.vote('left', 'c0')
+
+
+def test_undo_of_a_second_vote_brings_back_the_first_and_the_pair(tmp_path):
+    ann = Annotation(pairs(3), tmp_path, 'ann')
+    first, _, last = ann.order
+    ann.vote('left'); ann.vote('tie'); ann.vote('right', first)
+    assert ann.undo() == first and ann.votes[first]['side'] == 'left' and ann.current == first
+    ann.vote('both bad')
+    assert ann.votes[first]['side'] == 'both bad' and ann.current == last
 
 
 def test_skipped_pairs_are_asked_again_only_on_demand(tmp_path):
@@ -368,6 +377,12 @@ def test_people_as_a_judge_of_policies(tmp_path):
     assert one.win_rate + two.win_rate == pytest.approx(1) and two.failed == 1
 
 
+def test_consensus_takes_the_most_votes_and_calls_a_draw_a_tie():
+    row = pairs(1)
+    for said, verdict in ((['a', 'a', 'b'], 'a'), (['a', 'b'], 'tie'), (['both bad', 'tie', 'a'], 'tie'), (['a', 'b', 'b', 'tie', 'both bad'], 'tie'), (['skip', 'b'], 'b'), (['skip'], 'failed'), ([], 'failed')):
+        assert consensus(row, pd.DataFrame(dict(id='q0', verdict=said), columns=['id', 'verdict'])).verdict.tolist() == [verdict]
+
+
 def test_careless_annotators_stand_out(tmp_path):
     a = Annotation(pairs(40), tmp_path, 'lefty')
     while a.current: a.vote('left', seconds=1)
@@ -420,7 +435,6 @@ def lab(tmp_path):
     cell = dict(cell_type='code', id='page', execution_count=None, metadata={}, outputs=[], source=CELL.strip())
     (work/'vote.ipynb').write_text(json.dumps(dict(cells=[cell], nbformat=4, nbformat_minor=5, metadata=dict(kernelspec=dict(name='python3', display_name='Python 3', language='python')))))
     rows = pairs(6).assign(prompt=lambda d: '\n\nHuman: ' + d.prompt + '\n\nAssistant:')
-    rows.loc[:, 'a'] = NASTY
     rows.assign(a=[f'{NASTY} {i}' for i in range(6)]).to_json(work/'rows.json', orient='records')
     (tmp_path/'settings'/'@jupyterlab'/'apputils-extension').mkdir(parents=True)
     (tmp_path/'settings'/'@jupyterlab'/'apputils-extension'/'notification.jupyterlab-settings').write_text('{"fetchNews": "false", "checkForUpdates": false}')   # asks, and covers buttons
@@ -481,13 +495,16 @@ def test_the_page_in_jupyterlab(browser, lab):
         except TimeoutException: return False
 
     browser.get(url)
-    wait(run_cell, 40)
-    wait(lambda: status().startswith('0 of 6'), 40)
+    wait(lambda: find('.jp-NotebookPanel .jp-Cell .cm-content'), 90)
+    wait(run_cell, 60)
+    wait(lambda: status().startswith('0 of 6'), 60)
     click('left'); done(1)                                  # mouse
     key(Keys.ARROW_RIGHT); done(2)                          # keys: the focus stayed in the page
     key('t'); done(3)
     key('b'); done(4)                                       # in JupyterLab b is "insert a cell below"
     key('u'); done(3)
+    browser.execute_script('''for (const key of [{key: 't', repeat: true}, {key: 's', ctrlKey: true}])
+        document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {...key, bubbles: true}))''')   # a key held down, and a key that is the browser's
     if shot := os.environ.get('MPO_NB_SCREENSHOT'): find('.mpo-vote').screenshot(shot)
     assert votes() == ['left', 'right', 'tie', 'both bad', 'undo']
     assert len(browser.find_elements(By.CSS_SELECTOR, '.jp-NotebookPanel .jp-Cell')) == 1
@@ -497,9 +514,11 @@ def test_the_page_in_jupyterlab(browser, lab):
     find('.jp-NotebookPanel-toolbar [data-jp-item-name="restart"] [data-command="notebook:restart-kernel"]').click()
     wait(lambda: find('.jp-Dialog .jp-mod-accept')).click()
     wait(lambda: not browser.find_elements(By.CSS_SELECTOR, '.jp-Dialog'))
+    click('tie')                                            # nobody is there who could save this
+    wait(lambda: 'No answer from the kernel' in status())
     browser.execute_script("document.querySelector('.mpo-vote').remove()")
-    wait(run_cell, 40)
-    wait(lambda: status().startswith('3 of 6'), 40)
+    wait(run_cell, 60)
+    wait(lambda: status().startswith('3 of 6'), 60)
     assert find('.mpo-vote .prompt').text == before
     find('.mpo-vote .comment').send_keys('both are wrong: s t u b', Keys.ENTER)   # letters in the comment are no votes
     key('4'); done(4)
