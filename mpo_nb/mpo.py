@@ -1165,6 +1165,8 @@ recipes:
 
 mpo compare RUN RUN ... shows finished runs of one recipe with different seeds side by side.
 mpo gaps DATA --model MODEL [--key value ...] only scores preference pairs and splits them by reward gap.
+mpo eval FILE [--key value ...] compares policies on a file of completions (prompt, policy, completion), or on a run folder.
+mpo judge FILE --model MODEL [--key value ...] lets a language model judge them pairwise.
 
 short: --data PATH is --data.source PATH, --model PATH is --model.name PATH. Lists and dicts are written as YAML.
 The run folder holds report.html and evaluation.json; a killed run goes on when it is started again.'''
@@ -1210,7 +1212,9 @@ def main(
         if argv[:1] == ['--version']: print(importlib.metadata.version('mpo_nb'))
         elif argv[:1] == ['compare']: print(compare_runs(argv[1:]).round(3).to_string(na_rep=''))
         elif argv[:1] == ['gaps']: _gaps_command(argv[1:])
-        elif argv[:1] != ['run']: print('usage: mpo run RECIPE [--key value ...]    (mpo run --help explains every key)\n       mpo gaps DATA --model MODEL [--key value ...]\n       mpo compare RUN RUN ...'); return 0 if argv[:1] in ([], ['-h'], ['--help']) else 2
+        elif argv[:1] == ['eval']: from mpo_nb.evaluate import eval_command; return eval_command(argv[1:])
+        elif argv[:1] == ['judge']: from mpo_nb.judge import judge_command; return judge_command(argv[1:])
+        elif argv[:1] != ['run']: print('usage: mpo run RECIPE [--key value ...]    (mpo run --help explains every key)\n       mpo gaps DATA --model MODEL [--key value ...]\n       mpo eval FILE [--key value ...]\n       mpo judge FILE --model MODEL [--key value ...]\n       mpo compare RUN RUN ...'); return 0 if argv[:1] in ([], ['-h'], ['--help']) else 2
         else: _run_command(argv[1:])
     except UserError as e: print(f'mpo: {e}', file=sys.stderr); return 2
     except KeyboardInterrupt: print('mpo: stopped; the same command goes on from here', file=sys.stderr); return 130
