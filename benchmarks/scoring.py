@@ -1,20 +1,21 @@
-"""How fast are preference pairs scored? `RewardModel.score` (sorted by length) against the same model called on batches in the order of the file.
+"""How fast are preference pairs scored? `RewardModel.score_pairs` (a prompt read once, batches by length), `score` (batches by length), and the same model called on batches in the order of the file.
 
-    python benchmarks/scoring.py DATA MODEL [PAIRS]
+    python benchmarks/scoring.py DATA MODEL [--pairs 2000] [--rounds 2] [--out benchmarks/results/scoring.json]
 
-DATA as for `mpo gaps`; MODEL a causal language model, put under a random head: speed doesn't depend on the weights. Both score prompt + chosen and prompt + rejected of the same pairs,
-in batches of 64, in turn, five times each; what is printed is the median and the ratio."""
-import os, statistics, sys, time
+DATA as for `mpo gaps`; MODEL a causal language model, put under a random head: speed doesn't depend on the weights. All score prompt + chosen and prompt + rejected of the same pairs, tokenizing included, in batches of 64 texts;
+they take turns, and what is kept is the median. Texts longer than the model's context lose their beginning, in all three."""
+import argparse, datetime, json, os, statistics, sys, time
+from pathlib import Path
 
 import numpy as np
 import torch
 from transformers.utils import logging as hf
 
-from mpo_nb.data import load_preferences
+from mpo_nb.data import load_preferences, replacing
 from mpo_nb.logprobs import inference, load_model
 from mpo_nb.reward import RewardModel, _right_padded, reward_model_from
 
-BATCH, ROUNDS = 64, 5
+BATCH = 64
 
 
 def in_file_order(reward, prompts, completions):
@@ -24,29 +25,45 @@ def in_file_order(reward, prompts, completions):
         for i in range(0, len(prompts), BATCH):
             rows = reward._fit([reward.encode(p, c) for p, c in zip(prompts[i:i + BATCH], completions[i:i + BATCH])])
             ids, mask = _right_padded(rows, reward.tok.pad_token_id, reward.model.device)
-            out.append(reward.model(input_ids=ids, attention_mask=mask).logits[:, 0].double().numpy())
+            out.append(reward.model(input_ids=ids, attention_mask=mask).logits[:, 0].double().cpu().numpy())
     return np.concatenate(out)
 
 
-def seconds(score, ds):
+def seconds(way, *texts):
     t = time.perf_counter()
-    res = [score(ds['prompt'][:], ds[k][:]) for k in ('chosen', 'rejected')]
-    return time.perf_counter() - t, np.concatenate(res)
+    scores = way(*texts)
+    return time.perf_counter() - t, scores
 
 
-def main(data, model, pairs=2000):
-    hf.set_verbosity_error()
-    causal, tok = load_model(model)
-    reward, ds = RewardModel(reward_model_from(causal, tok), tok), load_preferences(data, max_rows=int(pairs))
-    ways = dict(sorted=lambda p, c: reward.score(p, c, BATCH), plain=lambda p, c: in_file_order(reward, p, c))
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('data'), p.add_argument('model')
+    p.add_argument('--pairs', type=int, default=2000)
+    p.add_argument('--rounds', type=int, default=2)
+    p.add_argument('--out', type=Path, default=Path(__file__).parent/'results'/'scoring.json')
+    a = p.parse_args()
+    hf.set_verbosity_error(), hf.disable_progress_bar()
+    causal, tok = load_model(a.model)
+    reward, ds = RewardModel(reward_model_from(causal, tok), tok), load_preferences(a.data)
+    ds = ds.select(np.random.default_rng(0).permutation(len(ds))[:a.pairs])
+    texts = [ds[k][:] for k in ('prompt', 'chosen', 'rejected')]
+    ways = dict(pairs=lambda p, c, r: reward.score_pairs(p, c, r, BATCH),
+                texts_by_length=lambda p, c, r: np.stack([reward.score(p, x, BATCH) for x in (c, r)], 1),
+                plain=lambda p, c, r: np.stack([in_file_order(reward, p, x) for x in (c, r)], 1))
     runs = {k: [] for k in ways}
-    for _ in range(ROUNDS):
-        for k, way in ways.items(): runs[k].append(seconds(way, ds))
-    np.testing.assert_allclose(*(r[0][1] for r in runs.values()), atol=1e-3)
+    for way in ways.values(): way(*(x[:BATCH] for x in texts))   # warm-up
+    for _ in range(a.rounds):
+        for k, way in ways.items(): runs[k].append(seconds(way, *texts))
+    for r in runs.values(): np.testing.assert_allclose(r[0][1], runs['plain'][0][1], atol=1e-3)
     t = {k: statistics.median(s for s, _ in r) for k, r in runs.items()}
-    tokens = sum(min(len(reward.encode(p, c)), reward.max_length or sys.maxsize) for k in ('chosen', 'rejected') for p, c in zip(ds['prompt'][:], ds[k][:]))
-    print(f'{len(ds)} pairs, {tokens} tokens; {torch.get_num_threads()} threads of {os.cpu_count()} cores, torch {torch.__version__}')
-    print('  '.join(f'{k} {x:.1f} s ({tokens/x:.0f} tokens/s)' for k, x in t.items()), f' ratio {t["plain"]/t["sorted"]:.2f}')
+    heads, ends = reward.encode_all(texts[0]*2, texts[1] + texts[2])
+    tokens = sum(min(len(h) + len(e), reward.max_length or sys.maxsize) for h, e in zip(heads, ends))
+    found = dict(date=f'{datetime.date.today()}', machine=f'{os.cpu_count()} cores, {torch.get_num_threads()} threads used, torch {torch.__version__}', device=str(reward.model.device),
+                 data=Path(a.data).name, model=Path(a.model).name, pairs=len(ds), tokens=tokens, batch=BATCH, rounds=a.rounds,
+                 seconds={k: round(x, 2) for k, x in t.items()}, times_faster_than_plain={k: round(t['plain']/x, 2) for k, x in t.items() if k != 'plain'})
+    a.out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(a.out) as tmp: Path(tmp).write_text(json.dumps(found, indent=1) + '\n')
+    print(json.dumps(found, indent=1))
 
 
-if __name__ == '__main__': main(*sys.argv[1:])
+if __name__ == '__main__': main()

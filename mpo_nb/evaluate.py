@@ -10,8 +10,8 @@ __all__ = ['log', 'VERDICTS', 'EVAL_USAGE', 'best_of_n', 'best_of_n_kl', 'kl_to_
            'score_judge', 'tally', 'wilson_ci', 'sign_test', 'rate_ci', 'bradley_terry', 'Comparison', 'compare',
            'completions_table', 'compare_scores', 'length_check', 'best_of_n_means', 'fit_frontier', 'plot_gold_proxy',
            'checkpoint_policies', 'frontier_table', 'stepwise_kl', 'rouge', 'disagreement', 'plot_comparison',
-           'latex_table', 'results_page', 'read_completions', 'common_prompts', 'text_table', 'write_comparison',
-           'dashes', 'parse_options', 'eval_command']
+           'latex_table', 'results_page', 'read_completions', 'common_prompts', 'lengths_table', 'text_table',
+           'write_comparison', 'dashes', 'parse_options', 'eval_command']
 
 # %% ../nbs/08_evaluate.ipynb #3cb07f32
 import base64, hashlib, html, io, json, logging, re, warnings
@@ -551,7 +551,8 @@ def _centred(fit, names):
     "Strengths that sum to 0, with standard errors, from a fit in which the first is 0"
     k = len(names)
     C = (np.eye(k) - 1/k)[:, 1:]
-    s, se = C @ fit.params, np.sqrt(np.diag(C @ fit.cov_params() @ C.T))
+    s, var = C @ fit.params, np.diag(C @ fit.cov_params() @ C.T)
+    se = np.sqrt(np.where(var > 1e-12, var, np.nan))   # too few prompts to know
     half = stats.norm.ppf(.975) * se
     return pd.DataFrame(dict(strength=s, se=se, lo=s - half, hi=s + half), index=pd.Index(names, name='policy')).sort_values('strength', ascending=False)
 
@@ -565,11 +566,16 @@ class Comparison:
     judge:str                   # its name
     confidence:float=0.95       # of the intervals
 
-    def __repr__(self): return f'judge: {self.judge}\n{self.table.round(3).to_string(index=False)}' + ('' if self.ranking is None else f'\n{self.ranking.round(3).to_string()}')
+    def __repr__(self):
+        return '\n'.join([f'judge: {self.judge}', *(t.to_string(index=False, float_format='{:.3f}'.format) for t in self._tables())])
 
     def _repr_html_(self):
-        tables = [self.table] + ([] if self.ranking is None else [self.ranking.reset_index()])
-        return f'<p>judge: {html.escape(self.judge)}</p>' + '\n'.join(t.to_html(index=False, float_format='{:.3f}'.format, border=0) for t in tables)
+        return f'<p>judge: {html.escape(self.judge)}</p>' + '\n'.join(t.to_html(index=False, float_format='{:.3f}'.format, border=0) for t in self._tables())
+
+    def _tables(self):
+        "What is shown: pairs, and strengths where there are any"
+        pairs = self.table.assign(**{k: self.table[k].map('{:.2g}'.format) for k in ('p', 'p_holm')})
+        return [pairs] + ([] if self.ranking is None else [self.ranking.reset_index()])
 
     def to_dict(self):
         "For JSON: judge, confidence, pairs and ranking; NaN is None"
@@ -710,7 +716,7 @@ def fit_frontier(
     if form not in ('rl', 'bon'): raise UserError(f"form {form!r}: give rl or bon")
     kl, y = np.asarray(kl, dtype=float), np.asarray(score, dtype=float) - start
     use = np.isfinite(kl) & np.isfinite(y) & (kl > 0)
-    if use.sum() < 3: raise UserError(f"{use.sum()} policies with a KL above 0: a curve with two parameters needs at least three, such as checkpoints of a run")
+    if len(np.unique(kl[use])) < 3: raise UserError(f"{len(np.unique(kl[use]))} different KLs above 0: a curve with two parameters needs at least three, such as checkpoints of a run")
     shape = lambda d: np.column_stack([d, -d*np.log(d) if form == 'rl' else -d**2])
     se = np.ones(len(y)) if score_se is None else np.maximum(np.asarray(score_se, dtype=float), 1e-9)
     fit = sm.WLS(y[use], shape(np.sqrt(kl[use])), weights=1/se[use]**2).fit()
@@ -731,7 +737,7 @@ def plot_gold_proxy(
     for column, color in ((proxy, 'C1'), (gold, 'C0')):
         se = df.get(f'{column}_se')
         ax.errorbar(np.sqrt(df.kl.clip(lower=0)), df[column], yerr=None if se is None else 1.96*se, fmt='o', ms=4, capsize=2, color=color, ls=':' if column == proxy else '', label=column)
-    if form and (df.kl > 0).sum() >= 3:
+    if form and df.kl[df.kl > 0].nunique() >= 3:
         fit, at = fit_frontier(df.kl, df[gold], float(df[gold].iloc[0]), form, df.get(f'{gold}_se')), np.linspace(1e-3, df.kl.max(), 200)
         ax.plot(np.sqrt(at), fit['curve'](at), color='C0', label=f"{'d(α - β log d)' if form == 'rl' else 'd(α - β d)'}: α {fit['alpha']:.2f}, β {fit['beta']:.2f}")
     ax.legend(fontsize='small')
@@ -890,6 +896,13 @@ def common_prompts(
     return out
 
 # %% ../nbs/08_evaluate.ipynb #5c1a0f0c
+def lengths_table(
+    df:pd.DataFrame,    # policy, prompt_id, prompt, completion
+    comparisons:dict,   # name of a judge -> its `Comparison`
+)->list:                # `length_check` of each judge and pair
+    "Does any of the judges score length?"
+    return [dict(judge=name, a=a, b=b, **length_check(pair_rows(df, a, b), v)) for name, c in comparisons.items() for (a, b), v in c.verdicts.groupby(['a', 'b'], sort=False)]
+
 def text_table(
     df:pd.DataFrame,   # policy, prompt_id, completion; also used where there: reference, kl, length, ended, and score columns
     scores=(),         # names of score columns
@@ -963,7 +976,7 @@ def eval_command(
     p, argv = _eval_parser(), dashes(argv)
     if not argv or {'-h', '--help'} & set(argv): p.print_help(); return 0
     if argv[0].startswith('-'): raise UserError('first say which completions: mpo eval FILE [--key value ...]')
-    o, out = parse_options(p, argv[1:]), None
+    o = parse_options(p, argv[1:])
     df = read_completions(argv[0])
     if o.common: df = common_prompts(df)
     df, scores = _with_scores(df, o)
@@ -972,10 +985,10 @@ def eval_command(
     comparisons = {s: compare_scores(df, s, o.margin, pairs) for s in scores} if df.policy.nunique() > 1 else {}
     table = text_table(df, scores)
     print(table.round(3).to_string())
-    for s, c in comparisons.items(): print(f'\n{s}\n{c.table.round(3).to_string(index=False)}' + ('' if c.ranking is None else f'\n{c.ranking.round(3).to_string()}'))
+    for c in comparisons.values(): print(f'\n{c}')
     if not comparisons: print('\nno win rates: ' + ('the file has no score column; give --scores, --reward_model, or use mpo judge' if df.policy.nunique() > 1 else 'there is one policy only')); return 0
     out = Path(o.output_dir or f"{argv[0].rstrip('/')}-eval")
-    print(f"\npage: {write_comparison(comparisons, df, out, checks={'Policies': table.reset_index(names='policy').to_dict('records'), 'Length': _lengths_of(df, comparisons), 'Sampling': {k: v for k, v in df.attrs.items()}})}")
+    print(f"\npage: {write_comparison(comparisons, df, out, checks={'Policies': table.reset_index(names='policy').to_dict('records'), 'Length': lengths_table(df, comparisons), 'Sampling': {k: v for k, v in df.attrs.items()}})}")
     return 0
 
 def _with_scores(df, o):
@@ -988,10 +1001,3 @@ def _with_scores(df, o):
         if c not in df: raise UserError(f"the file has no column {c!r}, only {', '.join(map(str, df.columns))}")
         if not pd.api.types.is_numeric_dtype(df[c]): raise UserError(f'column {c!r} does not hold numbers, so it cannot decide')
     return df, scores
-
-def _lengths_of(df, comparisons):
-    "`length_check` of each pair and score"
-    out = []
-    for s, c in comparisons.items():
-        for (a, b), v in c.verdicts.groupby(['a', 'b'], sort=False): out.append(dict(score=s, a=a, b=b, **length_check(pair_rows(df, a, b), v)))
-    return out

@@ -27,7 +27,7 @@ from statsmodels.stats.proportion import proportion_confint
 from tqdm import tqdm
 
 from .data import UserError
-from .evaluate import a_first, compare, dashes, pair_rows, parse_options, read_completions, swap, write_comparison
+from .evaluate import a_first, compare, compare_scores, dashes, lengths_table, pair_rows, parse_options, read_completions, swap, write_comparison
 
 # %% ../nbs/09_judge.ipynb #cdec0d93
 log = logging.getLogger('mpo_nb')
@@ -551,7 +551,7 @@ def judge_command(
     _say_cost(judge.estimate(rows), judge)
     if o.dry_run: print('\n\n'.join(judge.prompt_text(q) for q in judge.questions(rows)[:1])); return 0
     result = compare(df, judge=judge, pairs=pairs)
-    return _finish(result, judge, df, out)
+    return _finish(result, judge, df, out, pairs)
 
 def _chosen(df, o):
     "The policies and prompts that were asked for"
@@ -574,17 +574,28 @@ def _all_rows(df, pairs):
     rows = pd.concat([pair_rows(df, a, b) for a, b in pairs], ignore_index=True)
     return rows.assign(id=range(len(rows)))
 
+def _settings(judge):
+    "How the judge was asked, for the page"
+    kept = ('model', 'task', 'temperature', 'seed', 'max_tokens', 'answer_format')
+    return dict({k: getattr(judge, k) for k in kept}, url=judge.url, own_template=judge.template != TEMPLATE, parameters_refused=', '.join(sorted(judge.refused)) or 'none')
+
 def _say_cost(e, judge):
     print(f"{e['rows']} pairs, {e['questions']} questions, {e['stored']} of them answered in the store, {e['to_ask']} to ask: "
           f"about {e['prompt_tokens']} tokens in, at most {e['completion_tokens_at_most']} out" + (f", cost at most {e['cost_at_most']:.2f}" if e['cost_at_most'] is not None else ''))
     for name, budget, need in (('calls', judge.budget_calls, e['to_ask']), ('tokens', judge.budget_tokens, e['prompt_tokens'] + e['completion_tokens_at_most'])):
         if budget is not None and need > budget: print(f'the budget of {budget} {name} may not be enough for that ({need}); what is not asked then has failed, and the next run asks it')
 
-def _finish(result, judge, df, out):
+def _by_scores(df, pairs):
+    "The scores in the file are judges too"
+    good = [c for c in ('score', 'reward') if c in df and pd.api.types.is_numeric_dtype(df[c]) and np.isfinite(df[c]).all()]
+    return {c: compare_scores(df, c, pairs=pairs) for c in good}
+
+def _finish(result, judge, df, out, pairs):
     "Write and print what came out"
-    write_comparison(result, df, out, checks=dict(position=position_bias(result.verdicts), bill=judge.bill(), refused_parameters=sorted(judge.refused)))
-    print(result.table.round(3).to_string(index=False))
-    if result.ranking is not None: print(result.ranking.round(3).to_string())
+    judges = {judge.name: result, **_by_scores(df, pairs)}
+    agree = [dict(judge=k, **agreement(result.verdicts, c.verdicts)) for k, c in judges.items() if c is not result]
+    write_comparison(judges, df, out, checks=dict(Position=position_bias(result.verdicts), Agreement=agree, Length=lengths_table(df, judges), Bill=judge.bill(), Settings=_settings(judge)))
+    print(result)
     failed = result.verdicts[result.verdicts.verdict == 'failed']
     for reason, n in Counter(failed.reason.str.replace(r'\s+', ' ', regex=True)).most_common(5): print(f'{n} failed: {reason[:200]}')
     print(f"used: {', '.join(f'{v} {k}' for k, v in judge.bill().items() if v is not None)}\npage: {out/'index.html'}")

@@ -11,8 +11,8 @@ __all__ = ['log', 'SHORT', 'SECTIONS', 'SHOWN', 'SEEDS', 'POLICIES', 'DPO_CURVES
            'stage_data', 'arguments', 'stage_sft', 'stage_pairs', 'stage_reward', 'stage_judge', 'the_judge',
            'stage_gaps', 'stage_dpo', 'stage_dpo_easy', 'stage_ppo', 'stage_mpo', 'stage_eval', 'stages', 'finished',
            'run_stage', 'evaluation', 'finish', 'differing_keys', 'check_folder', 'environment', 'locked', 'run',
-           'final_table', 'compare_runs', 'plot_training', 'report_plots', 'eighths', 'sample_cards', 'report',
-           'gaps_recipe', 'stage_score', 'score_gaps', 'gaps_summary', 'gaps_report', 'main']
+           'final_table', 'compare_runs', 'plot_training', 'report_plots', 'eighths', 'sample_cards', 'pair_table',
+           'report', 'gaps_recipe', 'stage_score', 'score_gaps', 'gaps_summary', 'gaps_report', 'main']
 
 # %% ../nbs/11_mpo.ipynb #7938328f
 import dataclasses, difflib, importlib.metadata, json, logging, os, platform, re, shutil, sys, time, warnings
@@ -101,9 +101,10 @@ class RewardKeys(TrainingKeys):
 
 @dataclass
 class GapKeys:
-    "The split by reward gap r(chosen) - r(rejected): give threshold or easy_fraction"
+    "The split by reward gap r(chosen) - r(rejected): give one of threshold, easy_fraction and max_wrong"
     threshold: float | None = key(None, 'pairs with a larger gap are easy')
     easy_fraction: float | None = key(None, 'or: this share of the pairs, those with the largest gaps, is easy')
+    max_wrong: float | None = key(None, 'or: pairs are easy where the label is wrong with a lower probability than this, between 0 and 0.5; the probability comes from gaps calibrated on pairs that the reward model has not seen')
     folds: int | None = key(None, 'score each pair with a reward model that did not see its prompt: so many are trained besides the one of stage reward; null: score with that one')
     disagree: Literal['hard', 'easy', 'swap', 'drop'] = key('hard', 'what becomes of pairs whose label the reward model contradicts by more than the threshold')
 
@@ -318,7 +319,8 @@ def _check_sizes(r):
     for k in ('data.test', 'gap.easy_fraction'):
         v = flat(dataclasses.asdict(r))[k]
         if v is not None and not 0 < v < 1: raise bad(k, 'it must lie between 0 and 1')
-    if (r.gap.threshold is None) == (r.gap.easy_fraction is None): raise UserError('give `gap.threshold` or `gap.easy_fraction`, one of them and not both (null takes one back)')
+    if sum(v is not None for v in (r.gap.threshold, r.gap.easy_fraction, r.gap.max_wrong)) != 1: raise UserError('give `gap.threshold`, `gap.easy_fraction` or `gap.max_wrong`, exactly one of them (null takes one back)')
+    if r.gap.max_wrong is not None and not 0 < r.gap.max_wrong < .5: raise bad('gap.max_wrong', 'it must lie between 0 and 0.5')
     if r.gap.folds is not None and r.reward.name: raise bad('gap.folds', 'a finished reward model (`reward.name`) has no folds; leave one of the two out')
     for k, least in {'gap.folds': 2, 'data.max_prompt_length': 1, 'data.max_completion_length': 1, 'eval.prompts': 2}.items():
         v = flat(dataclasses.asdict(r))[k]
@@ -656,14 +658,14 @@ def stage_pairs(r, run, out, progress):
 
 # %% ../nbs/11_mpo.ipynb #dbc46977
 def _train_reward(r, run, progress, stage, base, train, fold=None):
-    "A reward model on `train`, centred on its own pairs"
+    "A reward model on `train`, centred on its own pairs (models of folds are centred where their pairs are scored)"
     from mpo_nb.reward import reward_model_from, train_reward
     model, tok = base
     args = arguments(r, stage, run)
     if fold is not None: args |= dict(seed=args['seed'] + 1000*fold, output_dir=f"{args['output_dir']}/fold-{fold}")
     reward, history = train_reward(reward_model_from(model, tok, seed=args['seed']), tok, train, callbacks=[watch(progress)], **_lengths(r), **args,
                                    resume_from_checkpoint=last_checkpoint(args['output_dir']))
-    return reward.center([*train['prompt'], *train['prompt']], [*train['chosen'], *train['rejected']]), history
+    return (reward if fold is not None else reward.center([*train['prompt'], *train['prompt']], [*train['chosen'], *train['rejected']])), history
 
 def _save_reward(out, reward, history, test):
     "Save a reward model with its accuracy on held-out pairs"
@@ -704,20 +706,22 @@ def stage_gaps(r, run, out, progress):
     "Score the training pairs and split them; `gaps.parquet` in the run folder"
     from mpo_nb.gap import add_gaps
     from mpo_nb.reward import RewardModel
-    ds = _crossfitted(r, run, progress) if r.gap.folds else add_gaps(_pairs(r, run, 'train'), RewardModel.load(run/'reward'))
+    if r.gap.folds: ds = unseen = _crossfitted(r, run, progress)
+    else: ds, unseen = (add_gaps(_pairs(r, run, k), RewardModel.load(run/'reward')) for k in ('train', 'test'))
     if not r.world.name:
         judge = the_judge(r, run)[0]
         for k in ('chosen', 'rejected'): ds = ds.add_column(f'judge_{k}', judge(ds['prompt'][:], ds[k][:]))
-    return _write_split(r, run, ds)
+    return _write_split(r, run, ds, unseen)
 
-def _write_split(r, run, ds):
-    "Split scored pairs and write all sets to gaps.parquet; their sizes"
-    from mpo_nb.gap import split_by_gap
-    parts = split_by_gap(ds, threshold=r.gap.threshold, easy_fraction=r.gap.easy_fraction, disagree=r.gap.disagree)
+def _write_split(r, run, ds, unseen):
+    "Split scored pairs and write all sets to gaps.parquet; their sizes. `unseen`: pairs scored by a model that was not trained on them, to calibrate with"
+    from mpo_nb.gap import fit_temperature, gap_threshold, split_by_gap
+    threshold = r.gap.threshold if r.gap.max_wrong is None else gap_threshold(r.gap.max_wrong, fit_temperature(unseen['gap'][:]))
+    parts = split_by_gap(ds, threshold=threshold, easy_fraction=r.gap.easy_fraction, disagree=r.gap.disagree)
     for k in ('easy', 'hard'):
-        if not len(parts[k]): raise UserError(f'no {k} pairs: of {len(ds)} gaps none is {"above" if k == "easy" else "within"} the threshold; change `gap.threshold` or give `gap.easy_fraction`')
+        if not len(parts[k]): raise UserError(f'no {k} pairs: of {len(ds)} gaps none is {"above" if k == "easy" else "within"} the threshold{"" if threshold is None else f" {threshold:.3g}"}; change `gap.threshold` or `gap.max_wrong`, or give `gap.easy_fraction`')
     _write_gaps(run, parts)
-    return {k: len(d) for k, d in parts.items()}
+    return {k: len(d) for k, d in parts.items()} | ({} if threshold is None else dict(threshold=threshold))
 
 def _write_gaps(run, parts):
     "All sets in one parquet file, with column `set`"
@@ -1062,6 +1066,18 @@ def sample_cards(
         cards.append(dict(prompt=g.prompt.iloc[0].strip(), answers=[dict(policy=a.policy, completion=a.completion.strip(), score=a.score, ended=a.ended) for a in g.itertuples()]))
     return cards
 
+def pair_table(
+    df,        # completions.parquet
+    e: dict,   # evaluation.json
+) -> tuple:    # Rows {a, b, wins, ties, losses, win_rate, ci, p_holm, controlled, controlled_ci}; Bradley-Terry strengths {policy: {strength, se}}
+    "Every pair of policies: the win rate of `e`, with Holm's p value and the rate at equal length; and one order of all policies"
+    from mpo_nb.evaluate import compare_scores, length_check, pair_rows
+    c = compare_scores(df)
+    lengths = {k: length_check(pair_rows(df, *k), v, warn_above=1) for k, v in c.verdicts.groupby(['a', 'b'], sort=False)}
+    p = {(r.a, r.b): r.p_holm for r in c.table.itertuples()}
+    rows = [dict(w, p_holm=p[k], controlled=lengths[k]['win_rate_controlled'], controlled_ci=lengths[k]['controlled_ci']) for w in e['win_rates'] for k in [(w['a'], w['b'])]]
+    return rows, c.ranking[['strength', 'se']].to_dict('index')
+
 def report(
     run: Path,  # A finished run folder
 ) -> str:       # HTML
@@ -1070,9 +1086,10 @@ def report(
     run = Path(run)
     recipe, e = yaml.safe_load((run/'recipe.yaml').read_text(encoding='utf-8')), read_json(run/'evaluation.json')
     df = pd.read_parquet(run/'completions.parquet')
+    pairs, strengths = pair_table(df, e)
     return _template('report.html.jinja').render(recipe=recipe, recipe_yaml=(run/'recipe.yaml').read_text(encoding='utf-8'), e=e, environment=read_json(run/'environment.json'), plots=report_plots(run),
                            cards=sample_cards(df, recipe['eval']['samples']), data=read_json(run/'data'/'stage.json')['metrics'],
-                           wins={w['a']: w for w in e['win_rates'] if w['b'] == 'sft'})
+                           wins={w['a']: w for w in e['win_rates'] if w['b'] == 'sft'}, pairs=pairs, strengths=strengths, sampling=df.attrs)
 
 # %% ../nbs/11_mpo.ipynb #6b1dc9f1
 def gaps_recipe(
@@ -1081,9 +1098,9 @@ def gaps_recipe(
 ) -> Recipe:
     "The recipe of `mpo gaps DATA --model MODEL [--key value ...]`: half of the pairs are easy and there are two folds unless it says otherwise"
     p = _parser()
-    p.set_defaults({'data.source': data, 'gap.folds': 2})
+    p.set_defaults({'data.source': data, 'gap.folds': 2, 'reward.args': dict(train_sampling_strategy='group_by_length')})
     r = _recipe(p, argv, 'gaps')
-    if r.gap.threshold is None and r.gap.easy_fraction is None: r.gap.easy_fraction = .5
+    if r.gap.threshold is r.gap.easy_fraction is r.gap.max_wrong is None: r.gap.easy_fraction = .5
     if r.model.name and not r.reward.name and _is_classifier(r.model.name): r.reward.name = r.model.name
     if r.reward.name: r.model.name, r.gap.folds = r.reward.name, None   # its tokenizer counts the lengths
     return r
@@ -1101,9 +1118,9 @@ def stage_score(r, run, out, progress):
     from mpo_nb.reward import RewardModel
     ds, counts = _fitting_pairs(r, out, _tokenizer(r))
     if r.data.pairs: ds = ds.shuffle(seed=stage_seed(r, 'data')).select(range(min(len(ds), r.data.pairs)))
-    if r.reward.name: ds = add_gaps(ds, RewardModel.load(r.reward.name))
+    if r.reward.name: ds = add_gaps(ds, RewardModel.load(r.reward.name), cache=True)
     else: ds = crossfit_gaps(ds, lambda pairs, fold: _train_reward(r, run, progress, 'score', _base(r), pairs, fold)[0], r.gap.folds, stage_seed(r, 'score'))
-    return dict(pairs=len(ds)) | _write_split(r, run, ds) | counts
+    return dict(pairs=len(ds)) | _write_split(r, run, ds, ds) | counts
 
 def score_gaps(
     recipe: Recipe,          # From `gaps_recipe`

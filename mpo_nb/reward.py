@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['log', 'TOY_SIZE', 'trainer_defaults', 'StopOnNaN', 'quiet', 'run_trainer', 'tokenize_demonstrations', 'train_sft',
-           'bradley_terry_loss', 'reward_model_from', 'last_token_scores', 'score_ids', 'load_classifier',
-           'RewardModel', 'tokenize_pairs', 'train_reward', 'toy_setup']
+           'bradley_terry_loss', 'reward_model_from', 'last_token_scores', 'score_ids', 'packed_pairs', 'packed_mask',
+           'pair_scores', 'shares_prompt', 'load_classifier', 'encode_texts', 'RewardModel', 'tokenize_pairs',
+           'train_reward', 'cache_root', 'toy_setup']
 
 # %% ../nbs/04_reward.ipynb #e8f02a08
 import copy
@@ -33,7 +34,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import mpo_nb
 from .data import UserError, replacing, split_by_prompt
-from .logprobs import check_tokenizer, encode_completion, encode_prompt, inference, load_model, sample, seeded
+from .logprobs import _attention_mask, check_tokenizer, encode_completion, encode_prompt, inference, load_model, sample, seeded
 from .worlds import get_world
 
 # %% ../nbs/04_reward.ipynb #cf219e7c
@@ -192,6 +193,26 @@ def _right_padded(rows, pad_id, device):
     mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
     return ids.to(device), mask.to(device)
 
+def _by_length(model, rows, length, score, batch_size):
+    "`score` of batches of rows of like length, in the order of `rows`, without gradients and without dropout"
+    order, out = np.argsort([length(r) for r in rows], kind='stable'), [None]*len(rows)
+    with inference(model):
+        for i in range(0, len(rows), batch_size):
+            part = order[i:i + batch_size]
+            for j, s in zip(part, score([rows[j] for j in part]).double().cpu().numpy()): out[j] = s
+    return np.array(out)
+
+def _finite(scores):
+    "`scores`, [N] or [N, 2], every one a number"
+    bad = np.argwhere(~np.isfinite(scores))
+    if len(bad): raise UserError(f'reward model: the score of row {bad[0][0]} is {scores[tuple(bad[0])]} ({len(bad)} of {scores.size} are not finite): '
+                                 'its weights are broken or the text overflows its number format; train or load it again')
+    return scores
+
+def _text_scores(model, rows, pad_id, batch_size):
+    "Scores of encoded texts [N], finite or not"
+    return _by_length(model, rows, len, lambda part: last_token_scores(model, *_right_padded(part, pad_id, model.device)), batch_size)
+
 def score_ids(
     model,                 # Sequence classifier with one label
     rows: list,            # N lists of ids
@@ -199,16 +220,54 @@ def score_ids(
     batch_size: int = 64,  # Rows at a time; scores don't depend on it
 ) -> np.ndarray:           # [N] in the order of `rows`
     "Scores of encoded texts, without gradients and without dropout"
-    order, out = np.argsort([len(r) for r in rows], kind='stable'), np.zeros(len(rows))
-    with inference(model):
-        for i in range(0, len(rows), batch_size):
-            part = order[i:i + batch_size]
-            ids, mask = _right_padded([rows[j] for j in part], pad_id, model.device)
-            out[part] = last_token_scores(model, ids, mask).double().cpu().numpy()
-    bad = np.flatnonzero(~np.isfinite(out))
-    if len(bad): raise UserError(f'reward model: the score of row {bad[0]} is {out[bad[0]]} ({len(bad)} of {len(out)} are not finite): '
-                                 'its weights are broken or the text overflows its number format; train or load it again')
-    return out
+    return _finite(_text_scores(model, rows, pad_id, batch_size))
+
+# %% ../nbs/04_reward.ipynb #531e870f
+def packed_pairs(
+    rows: list,   # B triples (prompt, chosen, rejected) of lists of ids
+    pad_id: int,  # Id to fill with
+    device=None,  # Where the tensors go
+):                # Ids, positions and parts, each [B, L]; part: 0 prompt, 1 chosen, 2 rejected, 3 filling
+    "One row a pair: prompt | chosen | rejected"
+    ids = [p + c + r for p, c, r in rows]
+    positions = [[*range(len(p) + len(c)), *range(len(p), len(p) + len(r))] for p, c, r in rows]
+    parts = [[0]*len(p) + [1]*len(c) + [2]*len(r) for p, c, r in rows]
+    return [pad_sequence([torch.tensor(x) for x in xs], batch_first=True, padding_value=fill).to(device)
+            for xs, fill in ((ids, pad_id), (positions, 0), (parts, 3))]
+
+def packed_mask(
+    parts: torch.Tensor,  # [B, L] from `packed_pairs`
+) -> torch.Tensor:        # [B, 1, L, L] bool; True: query (row) may see key (column)
+    "Each token sees the prompt and its own part, as far as it has come"
+    key, query = parts[:, None, :], parts[:, :, None]
+    return ((key == 0) | (key == query)).tril()[:, None]
+
+# %% ../nbs/04_reward.ipynb #41622ee8
+def pair_scores(
+    model,        # Decoder with head `score`
+    rows: list,   # B triples (prompt, chosen, rejected) of lists of ids
+    pad_id: int,  # Id to fill with
+) -> torch.Tensor: # [B, 2] fp32: chosen, rejected
+    "Scores of both completions from one pass over prompt | chosen | rejected"
+    model = model.get_base_model() if hasattr(model, 'get_base_model') else model
+    ids, positions, parts = packed_pairs(rows, pad_id, model.device)
+    body = getattr(model, model.base_model_prefix)
+    hidden = body(input_ids=ids, attention_mask=_attention_mask(packed_mask(parts), model), position_ids=positions, use_cache=False).last_hidden_state
+    last = torch.tensor([[len(p) + len(c) - 1, len(p) + len(c) + len(r) - 1] for p, c, r in rows], device=hidden.device)
+    return model.score(hidden[torch.arange(len(rows), device=hidden.device)[:, None], last])[..., 0].float()
+
+def shares_prompt(
+    model,        # Sequence classifier with one label
+    rows: list,   # Triples (prompt, chosen, rejected) of lists of ids
+    pad_id: int,  # Id to fill with
+) -> bool:
+    "Does one row a pair give the scores that two rows give? To the square root of the number format's precision"
+    tol = torch.finfo(next(model.parameters()).dtype).eps**.5
+    try:
+        with inference(model): one = pair_scores(model, rows, pad_id).double().cpu().numpy()
+    except (AttributeError, TypeError, ValueError, RuntimeError, IndexError): return False   # no head, no 4-D mask or no position ids
+    two = [_text_scores(model, [r[0] + r[k] for r in rows], pad_id, len(rows)) for k in (1, 2)]
+    return np.allclose(one, np.stack(two, 1), rtol=tol, atol=tol, equal_nan=True)
 
 # %% ../nbs/04_reward.ipynb #f455c238
 def load_classifier(
@@ -227,6 +286,31 @@ def load_classifier(
             raise UserError(f'reward model {str(path)!r} has {what} weights ({", ".join(keys[:3])}), so its scores would be wrong: '
                             'give the folder of a trained reward model')
     return model.to(device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else 'cpu'))
+
+# %% ../nbs/04_reward.ipynb #0c11e9bf
+def _tail(head, whole, eos):
+    "What follows the ids `head` in the ids of the whole text, without EOS; None where the text doesn't begin with them"
+    if whole[:len(head)] != head: return None
+    ids = whole[len(head):]
+    while ids and ids[-1] == eos: ids = ids[:-1]
+    return ids
+
+def encode_texts(
+    tok,                # Tokenizer
+    prompts: list,      # N texts
+    completions: list,  # N texts
+):                      # Two lists of N lists of ids: prompts, completions with EOS
+    "`encode_prompt` and `encode_completion` of many texts; each prompt is tokenized once, and all whole texts in one call"
+    heads = {p: encode_prompt(tok, p) for p in dict.fromkeys(prompts)}
+    out = [heads[p] for p in prompts]
+    wholes = tok([p + c for p, c in zip(prompts, completions)])['input_ids'] if prompts else []
+    tails = [_tail(h, w, tok.eos_token_id) for h, w in zip(out, wholes)]
+    kw = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    starts = {p: tok.decode(h, **kw) for p, h in heads.items()}
+    shown = tok.batch_decode([h + (t or []) for h, t in zip(out, tails)], **kw)
+    exact = [bool(t) and s == starts[p] + c and not (tok.bos_token and p.startswith(tok.bos_token)) for p, c, s, t in zip(prompts, completions, shown, tails)]
+    # whatever isn't plainly right is left to the careful function
+    return out, [t + [tok.eos_token_id] if e else encode_completion(tok, p, c) for p, c, t, e in zip(prompts, completions, tails, exact)]
 
 # %% ../nbs/04_reward.ipynb #d8f39ccf
 class RewardModel:
@@ -249,6 +333,11 @@ class RewardModel:
         if self.decoder: return encode_prompt(self.tok, prompt) + encode_completion(self.tok, prompt, completion)
         return self.tok(prompt + completion)['input_ids']
 
+    def encode_all(self, prompts: list, completions: list):
+        "Two lists of ids, of the prompts and of what follows (encoders: nothing, and the whole text); joined, the ids are those of `encode`"
+        if self.decoder: return encode_texts(self.tok, prompts, completions)
+        return [[] for _ in prompts], [self.tok(p + c)['input_ids'] for p, c in zip(prompts, completions)]
+
     def _fit(self, rows):
         n, long = self.max_length, [i for i, r in enumerate(rows) if self.max_length and len(r) > self.max_length]
         if long: log.warning(f'reward model: {len(long)} of {len(rows)} texts lost their beginning: longer than {n} tokens (first: row {long[0]})')
@@ -263,8 +352,42 @@ class RewardModel:
         "Score each completion behind its prompt"
         if len(prompts) != len(completions):
             raise UserError(f'{len(prompts)} prompts but {len(completions)} completions to score: give one of each a row')
-        rows = self._fit([self.encode(p, c) for p, c in zip(prompts, completions)])
+        rows = self._fit([p + c for p, c in zip(*self.encode_all(prompts, completions))])
         return score_ids(self.model, rows, self.tok.pad_token_id, batch_size) - self.offset
+
+    def score_pairs(self,
+        prompts: list,         # N texts
+        chosen: list,          # N texts
+        rejected: list,        # N texts
+        batch_size: int = 64,  # Texts at a time, half as many pairs; scores don't depend on it
+    ) -> np.ndarray:           # [N, 2] float, offset subtracted: chosen, rejected
+        "What `score` gives for both completions of each prompt; the prompt is read once where the architecture allows it"
+        if not len(prompts) == len(chosen) == len(rejected): raise UserError(f'{len(prompts)} prompts, {len(chosen)} chosen and {len(rejected)} rejected completions to score: give one of each a row')
+        heads, *ends = self.encode_all([*prompts, *prompts], [*chosen, *rejected])
+        rows = list(zip(heads, ends[0], ends[0][len(prompts):]))
+        long = np.array([bool(self.max_length) and len(p) + max(len(c), len(r)) > self.max_length for p, c, r in rows], bool)
+        share = self._sharing(rows, long)
+        out, apart = np.zeros((len(rows), 2)), np.flatnonzero(~share)
+        together, pad, n = [rows[i] for i in np.flatnonzero(share)], self.tok.pad_token_id, max(1, batch_size//2)
+        if together: out[share] = _by_length(self.model, together, lambda r: sum(map(len, r)), lambda part: pair_scores(self.model, part, pad), n)
+        texts = self._fit([rows[i][0] + rows[i][k] for i in apart for k in (1, 2)])
+        if texts: out[apart] = _text_scores(self.model, texts, pad, batch_size).reshape(-1, 2)
+        return _finite(out) - self.offset
+
+    def _sharing(self, rows, long):
+        "[N] bool: pairs that are scored in one row: none, if the longest two show that the model can't"
+        some = sorted(np.flatnonzero(~long), key=lambda i: sum(map(len, rows[i])))[-2:]
+        works = self.decoder and len(some) and shares_prompt(self.model, [rows[i] for i in some], self.tok.pad_token_id)
+        return ~long & bool(works)
+
+    def fingerprint(self) -> str:
+        "Hash of all that scores depend on: weights, configuration, tokenizer, offset, longest text"
+        config = {k: v for k, v in self.model.config.to_dict().items() if k not in ('_name_or_path', 'transformers_version', 'architectures', 'dtype')}   # set by saving
+        words = self.tok.backend_tokenizer.to_str() if self.tok.is_fast else sorted(self.tok.get_vocab().items())
+        special = self.tok.bos_token_id, self.tok.eos_token_id, self.tok.pad_token_id
+        h = hashlib.sha256(json.dumps([config, words, special, self.offset, self.max_length], sort_keys=True, default=str).encode())
+        for k, v in sorted(self.model.state_dict().items()): h.update(k.encode() + v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return h.hexdigest()
 
     __call__ = score
 
@@ -292,10 +415,11 @@ def tokenize_pairs(
     reward,                  # `RewardModel` that will be trained
     ds,                      # Dataset with text columns `prompt`, `chosen`, `rejected`
     max_length: int = 1024,  # Longest text, tokens; None: any
-):                           # (Dataset of `chosen_ids`, `rejected_ids`; numbers of the rows set aside)
+):                           # (Dataset of `chosen_ids`, `rejected_ids`, `length` of the longer one; numbers of the rows set aside)
     "Ids for `RewardTrainer`, made by the reward model's own `encode`"
-    rows = [dict(chosen_ids=reward.encode(p, c), rejected_ids=reward.encode(p, r)) for p, c, r in zip(ds['prompt'], ds['chosen'], ds['rejected'])]
-    return _fitting(rows, lambda r: max(len(r['chosen_ids']), len(r['rejected_ids'])), max_length, 'preference pairs')
+    sides = ([p + c for p, c in zip(*reward.encode_all(ds['prompt'][:], ds[k][:]))] for k in ('chosen', 'rejected'))
+    rows = [dict(chosen_ids=c, rejected_ids=r, length=max(len(c), len(r))) for c, r in zip(*sides)]
+    return _fitting(rows, lambda r: r['length'], max_length, 'preference pairs')
 
 # %% ../nbs/04_reward.ipynb #e3258c68
 def _training_tokenizer(reward):
@@ -324,18 +448,22 @@ def train_reward(
     reward = RewardModel(model, tok)
     train, valid = [None if d is None else tokenize_pairs(reward, d, max_length)[0] for d in (train, valid)]
     trainer = _train(RewardTrainer, RewardConfig, 'reward', model, _training_tokenizer(reward), train, valid, output_dir, callbacks,
-                     resume_from_checkpoint, kw | dict(max_length=max_length))
+                     resume_from_checkpoint, dict(remove_unused_columns=False) | kw | dict(max_length=max_length))   # else `length` is gone before the sampler wants it
     model.config.pad_token_id = tok.pad_token_id
     return RewardModel(model, tok), trainer.state.log_history
 
 # %% ../nbs/04_reward.ipynb #0ff55bc0
+def cache_root() -> Path: # `$MPO_NB_CACHE`, or ~/.cache/mpo_nb
+    "Where results are kept that can be made again"
+    return Path(os.environ.get('MPO_NB_CACHE', '~/.cache/mpo_nb')).expanduser()
+
 def _cache_folder(what, arguments):
     "Folder for a result that depends on `arguments`, on the modules up to this one, and on the libraries"
     root = Path(mpo_nb.__file__).parent
     sources = [(root/f'{m}.py').read_text(encoding='utf-8') for m in ('data', 'worlds', 'logprobs', 'reward')]
     versions = torch.__version__, transformers.__version__, str(torch.accelerator.is_available())
     key = hashlib.sha256(json.dumps([arguments, versions, sources], sort_keys=True).encode()).hexdigest()[:16]
-    return Path(os.environ.get('MPO_NB_CACHE', '~/.cache/mpo_nb')).expanduser()/f'{what}-{key}'
+    return cache_root()/f'{what}-{key}'
 
 # %% ../nbs/04_reward.ipynb #0ec8d7b5
 TOY_SIZE = dict(hidden_size=96, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256)   # 0.23 million weights

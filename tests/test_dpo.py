@@ -14,13 +14,13 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, MistralConfig, TrainerCallback
 
 from mpo_nb.data import UserError
-from mpo_nb.dpo import DPOConfig, dpo_loss, encode_pair, encode_pairs, plain_logps, shared_logps
-from mpo_nb.logprobs import collate_pairs, encode_prompt, shared_mask
+from mpo_nb.dpo import DPOConfig, dpo_loss, encode_pair, encode_pairs, plain_logps, shared_logps, single_logps
+from mpo_nb.logprobs import collate_pairs, encode_prompt, pair_rows, shared_mask, single_rows
 from util import (KINDS, AtTheEnd, TableLM, bpe, distance, dpo_trainer, end_state, fingerprint, in_a_new_process, logged, pad_is_eos, row_logps, tiny, toy_pairs, toy_tokenizer, weights)
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'own_random_state')
 
-PASSES = plain_logps, shared_logps
+PASSES = plain_logps, single_logps, shared_logps
 PAIRS = [dict(prompt_ids=[5, 6, 7], chosen_ids=[21, 22, 23, 1], rejected_ids=[24, 1]),
          dict(prompt_ids=[8, 9, 10, 11, 12, 13], chosen_ids=[25, 1], rejected_ids=[26, 27, 28, 29, 1]),
          dict(prompt_ids=[16], chosen_ids=[1], rejected_ids=[30, 31, 1])]
@@ -123,7 +123,7 @@ def test_item39_logps_do_not_depend_on_partners_or_padding(kind, forward):
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_item39_both_forward_passes_have_the_same_gradient(kind):
+def test_item39_all_forward_passes_have_the_same_gradient(kind):
     "Also with eager attention [fails when rejected tokens see chosen ones]"
     batch, coefficients = collate_pairs(PAIRS, 0), torch.tensor([[1., -2., .5], [3., 1., -1.]])
     for attention in ('sdpa', 'eager'):
@@ -134,37 +134,31 @@ def test_item39_both_forward_passes_have_the_same_gradient(kind):
             (torch.stack(forward(model, batch)) * coefficients).sum().backward()
             grads.append({k: p.grad for k, p in model.named_parameters()})
         assert max(float(g.abs().max()) for g in grads[0].values()) > .1
-        assert distance(*grads) < 2e-4
+        assert distance(grads[0], grads[1]) < 2e-4 and distance(grads[0], grads[2]) < 2e-4
 
 
+def read_places(forward, batch, model):
+    "Which of the places where the head of `forward` may look predict a completion token, [rows, places]"
+    if forward is plain_logps:
+        masks = [torch.nn.functional.pad(batch[f'{k}_mask'], (0, max(batch[f'{k}_mask'].shape[1] for k in ('chosen', 'rejected')) + 1 - batch[f'{k}_mask'].shape[1])) for k in ('chosen', 'rejected')]
+        return torch.cat(masks)
+    inputs, places, _ = pair_rows(batch, model) if forward is shared_logps else single_rows(batch)
+    return torch.zeros(inputs['input_ids'].numel(), dtype=torch.bool).index_fill(0, places, True).view_as(inputs['input_ids'])
+
+@pytest.mark.parametrize('forward', PASSES)
 @pytest.mark.parametrize('kind', KINDS)
-def test_item39_prompt_and_padding_never_enter_the_sum(kind):
-    "Poisoned logits wherever no completion token is predicted: log-probs and gradients unchanged [fails when the mask is left out]"
-    batch = collate_pairs(PAIRS, 0)
-    P, Tc, Tr = (batch[f'{k}_ids'].shape[1] for k in ('prompt', 'chosen', 'rejected'))
-    results = []
+def test_item39_prompt_and_padding_never_enter_the_sum(kind, forward):
+    "Poisoned last hidden states wherever no completion token is predicted: log-probs and gradients unchanged [fails when the mask is left out, and when a completion starts one place later]"
+    batch, results = collate_pairs(PAIRS, 0), []
     for poison in (0., 1e4):
         model, noise = tiny(kind), torch.Generator().manual_seed(0)
-        def hook(module, args, out):
-            B, L = out.shape[:2]
-            spoil = torch.ones(B, L, dtype=torch.bool)
-            for i, r in enumerate(PAIRS if shared else PAIRS * 2):
-                side = None if shared else ('chosen', 'rejected')[i >= len(PAIRS)]
-                if shared:
-                    spoil[i, L - Tc - Tr - 1:][:len(r['chosen_ids'])] = False       # the prompt's last token and chosen ones
-                    spoil[i, L - Tr:][:len(r['rejected_ids']) - 1] = False
-                else: spoil[i, L - max(Tc, Tr) - 1:][:len(r[f'{side}_ids'])] = False
-            return out + (poison * torch.randn(out.shape, generator=noise)) * spoil[..., None]
-        model.get_output_embeddings().register_forward_hook(hook)
-        for forward in PASSES:
-            shared = forward is shared_logps
-            model.zero_grad()
-            logps = torch.cat(forward(model, batch))
-            logps.sum().backward()
-            results.append((logps.detach(), {k: p.grad.clone() for k, p in model.named_parameters()}))
-    for clean, dirty in zip(results[:2], results[2:]):
-        assert torch.equal(clean[0], dirty[0])
-        assert distance(clean[1], dirty[1]) < 1e-4
+        read = read_places(forward, batch, model)
+        model.get_output_embeddings().register_forward_pre_hook(lambda head, args: args[0] + poison * torch.randn(args[0].shape, generator=noise) * ~read[..., None])
+        logps = torch.cat(forward(model, batch))
+        logps.sum().backward()
+        results.append((logps.detach(), {k: p.grad for k, p in model.named_parameters()}))
+    torch.testing.assert_close(results[1][0], results[0][0], atol=1e-5, rtol=0)
+    assert distance(results[0][1], results[1][1]) < 1e-4
 
 
 def test_item40_sums_for_dpo_means_for_ipo():
@@ -228,14 +222,17 @@ def test_item42_a_reference_that_cannot_share_decides_for_both(tmp_path):
     assert t.train_dataset['ref_chosen'] == pytest.approx(chosen.tolist(), abs=1e-4) and t.train_dataset['ref_rejected'] == pytest.approx(rejected.tolist(), abs=1e-4)
 
 
-def test_item42_reference_and_policy_run_in_the_same_precision(tmp_path):
-    "bf16 autocast: the logits of the reference pass are bf16 as those of training are [fails when only the training forward is under autocast]"
+@pytest.mark.parametrize('forward', PASSES)
+def test_item42_reference_and_policy_run_in_the_same_precision(forward, tmp_path, monkeypatch):
+    "bf16 autocast: the reference pass runs in bf16 as training does, and the first loss is ln 2 all the same [fails when only the training forward is under autocast]"
     kinds, policy = [], tiny()
-    policy.get_output_embeddings().register_forward_hook(lambda mod, a, out: kinds.append((mod.training, out.dtype)))
-    t = dpo_trainer(tmp_path, policy, bf16=True, share_prefix=False)
+    policy.model.layers[0].mlp.down_proj.register_forward_hook(lambda mod, a, out: kinds.append((mod.training, out.dtype)))
+    monkeypatch.setattr('mpo_nb.dpo.fastest_way', lambda *a: forward)   # its check runs in fp32
+    t = dpo_trainer(tmp_path, policy, bf16=True)
     made = list(kinds)
     t.train()
     assert kinds[-1] == (True, torch.bfloat16) and made and all(k == (False, torch.bfloat16) for k in made)
+    assert logged(t, 'loss')[0] == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_null_update(tmp_path):

@@ -6,8 +6,9 @@ import pytest
 from datasets import Dataset, load_dataset
 
 from mpo_nb.data import UserError
-from mpo_nb.gap import (accuracy_by_gap, add_gaps, calibration, crossfit_gaps, expected_calibration_error, extreme_pairs, fit_temperature, gap_correlations, gap_threshold, label_agreement,
-                        noise_bound, pair_features, plot_accuracy_by_gap, plot_gaps, prompt_folds, split_by_gap, swap_labels, threshold_sweep)
+from mpo_nb.gap import (EnsembleReward, accuracy_by_gap, add_gaps, calibration, crossfit_gaps, expected_calibration_error, extreme_pairs, fit_temperature, gap_correlations, gap_threshold,
+                        label_agreement, noise_bound, noise_rate, pair_features, plot_accuracy_by_gap, plot_gaps, plot_sweep, prompt_folds, resample_pairs, split_by_gap, swap_labels,
+                        threshold_sweep, wrong_probability)
 
 matplotlib.use('Agg')
 FORMS = 'hard', 'easy', 'swap', 'drop'
@@ -169,7 +170,8 @@ def test_crossfitting_keeps_prompts_apart():
         seen = set(pairs['prompt'])
         return lambda ps, cs: np.array([100. * (p in seen) * (c[0] == 'c') + fold for p, c in zip(ps, cs)])
     got = crossfit_gaps(ds, fit, folds=4, seed=3)
-    assert set(got['gap']) == {0.} and got['reward_chosen'][:] == got['fold'][:]
+    assert set(got['gap']) == {0.} and set(got['reward_chosen']) == {-50.}, 'zero of each model: the mean score of its own training pairs'
+    assert got['fold'][:] == prompt_folds(prompts, 4, 3).tolist()
     assert all(s > 0 for s in got['gap_spread']) and got['chosen'][:] == ds['chosen'][:]
 
 
@@ -235,3 +237,150 @@ def test_gap_correlations_are_spearmans():
         assert t.loc[k, 'size_lo'] < t.loc[k, 'size'] < t.loc[k, 'size_hi']
     assert t.loc['side', 'gap'] == pytest.approx(1) and t.loc['same'].isna().all()      # nothing to rank: no number, rather than 0
     with pytest.raises(UserError, match='one row a pair'): gap_correlations(pairs(gaps), pd.DataFrame(x).head(3))
+
+
+# ---- scores that are kept
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    "A reward model, pairs, and the number of times they were really scored"
+    from util import tiny, toy_pairs, toy_tokenizer
+
+    from mpo_nb.reward import RewardModel, reward_model_from
+    monkeypatch.setenv('MPO_NB_CACHE', str(tmp_path/'cache'))
+    calls, score = [], RewardModel.score_pairs
+    monkeypatch.setattr(RewardModel, 'score_pairs', lambda self, *a: calls.append(1) or score(self, *a))
+    return RewardModel(reward_model_from(tiny(), toy_tokenizer()), toy_tokenizer()), toy_pairs(6), calls
+
+
+def test_cached_scores_are_read_not_made(kept):
+    reward, ds, calls = kept
+    a, b = add_gaps(ds, reward, cache=True), add_gaps(ds.add_column('note', ['x']*6), reward, cache=True)
+    assert len(calls) == 1 and a['gap'][:] == b['gap'][:] == add_gaps(ds, reward)['gap'][:] and len(calls) == 2
+
+
+def test_cache_misses_what_is_not_the_same(kept):
+    "Another order, word, weight, offset: scored anew [fails when the key leaves out the texts, or the weights]"
+    import torch
+    reward, ds, calls = kept
+    add_gaps(ds, reward, cache=True)
+    word = ds.map(lambda r, i: dict(rejected=r['rejected'] + ' Hi.' if i == 5 else r['rejected']), with_indices=True)
+    for n, d in enumerate((ds.select([1, 0, 2, 3, 4, 5]), word), 2):
+        assert add_gaps(d, reward, cache=True)['gap'][:] == pytest.approx(add_gaps(d, reward)['gap'][:]) and len(calls) == 2*n - 1
+    before = len(calls)
+    with torch.no_grad(): reward.model.score.weight[0, 0] += 1.
+    add_gaps(ds, reward, cache=True)
+    reward.offset = 2.
+    assert add_gaps(ds, reward, cache=True)['reward_chosen'][:] == add_gaps(ds, reward)['reward_chosen'][:] and len(calls) == before + 3
+    with pytest.raises(UserError, match='no fingerprint'): add_gaps(ds, lambda p, c: [0.]*len(p), cache=True)
+
+
+# ---- several models
+
+def test_ensemble_by_hand():
+    a, b = (lambda p, c: np.array([1., 2.])), (lambda p, c: [3., 2.])
+    np.testing.assert_allclose(EnsembleReward([a, b])(['p']*2, ['c']*2), [2, 2])
+    np.testing.assert_allclose(EnsembleReward([a, b], penalty=.5)(['p']*2, ['c']*2), [2 - .5*np.sqrt(2), 2])
+    length, first = (lambda p, c: np.array([float(len(x)) for x in c])), (lambda p, c: np.array([3.*(x[0] == 'c') for x in c]))
+    ds = EnsembleReward([length, first]).gaps(Dataset.from_dict(dict(prompt=['p', 'q'], chosen=['caaa', 'c'], rejected=['rr', 'r'])))
+    np.testing.assert_allclose([ds['reward_chosen'], ds['reward_rejected'], ds['gap'], ds['gap_spread']], [[3.5, 2], [1, .5], [2.5, 1.5], [1/np.sqrt(2), 3/np.sqrt(2)]])
+    with pytest.raises(UserError, match='at least 2'): EnsembleReward([a])
+
+
+# ---- noise
+
+def drawn(n, slope, spread, second, seed=0, per_prompt=2):
+    "Gaps, prompts, second labels and truth from the very model that is fitted: d ~ Normal(slope x, spread), labels ~ sigmoid(d)"
+    rng = np.random.default_rng(seed)
+    x = rng.normal(0, 1.5, n)
+    d = slope*x + spread*rng.normal(size=n)
+    labels = np.where(rng.random((2, n)) < 1/(1 + np.exp(-d)), 1, -1)
+    again = [bool(s) if i < second else None for i, s in enumerate(labels[0] == labels[1])]
+    return x*labels[0], [f'p{i // per_prompt}' for i in range(n)], again, d*labels[0] < 0
+
+
+@pytest.mark.parametrize('slope, spread', [(1., 1.), (.5, 2.), (.1, 1.5)])
+def test_noise_rate_holds_the_truth(slope, spread):
+    "Also where the gaps say little (last row) [fails when the likelihood of two labels is that of one, or when they count as drawn apart from d]"
+    gaps, prompts, again, wrong = drawn(3000, slope, spread, 600)
+    t = noise_rate(gaps, prompts, again, n_boot=40)
+    assert t.loc['all', 'lo'] < wrong.mean() < t.loc['all', 'hi'] and t.loc['all', 'hi'] - t.loc['all', 'lo'] < .12
+    assert t.loc['all', 'rate'] == pytest.approx(wrong.mean(), abs=.03)
+    once = noise_rate(gaps, prompts, n_boot=10).loc['all']
+    assert once['lo'] == 0 and np.isnan(once['rate']) and wrong.mean() < once['hi'] and t.loc['all', 'hi'] < once['hi'] + .02
+
+
+def test_noise_by_bins():
+    gaps, prompts, again, wrong = drawn(6000, 1., 1., 1500)
+    edges = (-np.inf, -1, 0, 1, np.inf)
+    t = noise_rate(gaps, prompts, again, bins=edges, n_boot=30)
+    for (lo, hi), name in zip(zip(edges[:-1], edges[1:]), t.index[1:]):
+        i = (gaps > lo) & (gaps <= hi)
+        assert t.loc[name, 'n'] == i.sum() and t.loc[name, 'lo'] - .01 < wrong[i].mean() < t.loc[name, 'hi'] + .01
+    assert t['n'].iloc[1:].sum() == t.loc['all', 'n'] == 6000
+
+
+def test_wrong_probability_by_simulation():
+    "The share of d < 0 among draws that gave these labels"
+    rng = np.random.default_rng(0)
+    d = .8*1.2 + 1.5*rng.normal(size=400000)
+    p = 1/(1 + np.exp(-d))
+    first, second = rng.random((2, len(d))) < p
+    for seen, i in enumerate((first, first & second, first & ~second)): assert wrong_probability([1.2], .8, np.log(1.5), [seen])[0] == pytest.approx(np.mean(d[i] < 0), abs=.005)
+
+
+@pytest.mark.parametrize('again', [[True], [2]*20, [.5]*20])
+def test_second_labels_are_checked(again):
+    with pytest.raises(UserError, match='second labels: give 20'): noise_rate(np.linspace(-1, 2, 20), list('abcdefghijklmnopqrst'), again)
+
+
+# ---- best and worst of n
+
+def test_resampling_pairs_best_with_worst(caplog):
+    "By a reward that counts letters; a prompt whose samples are all alike is left out, and `source_row` says which are there [fails when best and worst are taken over other prompts' rows]"
+    import logging
+
+    from util import letters, talker, toy_prompts, toy_tokenizer
+
+    from mpo_nb.logprobs import sample
+    tok, prompts, policy = toy_tokenizer(), toy_prompts(6), talker()
+    ds = resample_pairs(policy, tok, letters, prompts, 6, n=3, seed=4)
+    texts = sample(policy, tok, [p for p in prompts for _ in range(3)], 6, seed=4).completions
+    for r in ds:
+        i = r['source_row']
+        own = dict(zip(texts[3*i:3*i + 3], letters([prompts[i]]*3, texts[3*i:3*i + 3])))
+        assert r['prompt'] == prompts[i] and own[r['chosen']] == max(own.values()) == r['reward_chosen'] and own[r['rejected']] == min(own.values()) == r['reward_rejected']
+        assert r['gap'] == pytest.approx(r['reward_chosen'] - r['reward_rejected'])
+    sets = split_by_gap(ds, threshold=1)
+    assert sorted(sum(rows(sets).values(), [])) == ds['source_row'][:]
+    with caplog.at_level(logging.INFO, 'mpo_nb'), pytest.MonkeyPatch.context() as m:
+        import mpo_nb.gap as G
+        m.setattr(G, 'sample', lambda model, tok, ps, *a, **kw: type('S', (), dict(completions=[f' {i % 2 * (i > 2)}' for i in range(len(ps))])))
+        assert resample_pairs(policy, tok, lambda p, c: [float(x) for x in c], ['a', 'b'], 6, n=3)['source_row'][:] == [1]
+    assert '1 of 2 prompts left out' in caplog.text
+    with pytest.raises(UserError, match='at least 2'): resample_pairs(policy, tok, letters, prompts, 6, n=1)
+
+
+# ---- the threshold from a share of wrong labels
+
+def test_max_wrong_takes_its_temperature_from_unseen_pairs(tmp_path):
+    "[fails when the temperature is fitted on the pairs that are split]"
+    from types import SimpleNamespace
+
+    from mpo_nb.mpo import _write_split
+    rng = np.random.default_rng(0)
+    gap = SimpleNamespace(threshold=None, easy_fraction=None, max_wrong=.2, disagree='hard')
+    seen, unseen = pairs(rng.normal(2, 2, 300)), pairs(rng.normal(.9, 1.2, 300))
+    counts = _write_split(SimpleNamespace(gap=gap), tmp_path, seen, unseen)
+    assert counts['threshold'] == pytest.approx(gap_threshold(.2, fit_temperature(unseen['gap'][:]))) != pytest.approx(gap_threshold(.2, fit_temperature(seen['gap'][:])), rel=.1)
+    table = pd.read_parquet(tmp_path/'gaps.parquet')
+    assert ((table['gap'] > counts['threshold']) == (table['set'] == 'easy')).all() and counts['easy'] + counts['hard'] == 300
+    gap.max_wrong = 1e-6
+    with pytest.raises(UserError, match='no easy pairs.*threshold .*gap.max_wrong'): _write_split(SimpleNamespace(gap=gap), tmp_path, seen, unseen)
+
+
+def test_sweep_plot_marks_the_threshold():
+    import matplotlib.pyplot as plt
+    axs = plot_sweep(threshold_sweep(pairs(GAPS, gold_chosen=[1.]*7, gold_rejected=[0.]*7), [0, 1, 2], 'drop'), chosen=1.)
+    assert [t.get_text() for t in axs[0].get_legend().get_texts()] == ['easy', 'hard', 'aside', 'γ = 1.00'] and all(a.get_xlabel() and a.get_ylabel() and a.get_title() for a in axs)
+    plt.close(axs[0].figure)

@@ -504,10 +504,21 @@ def test_mpo_judge_from_file_to_page(completions, tmp_path, capsys):
     numbers = json.loads((out/'comparison.json').read_text())
     pairs = numbers['judges']['m (helpful)']['pairs']
     assert [(p['a'], p['b']) for p in pairs] == [('new', 'base'), ('<i>third', 'base'), ('<i>third', 'new')] and all(p['failed'] == 0 for p in pairs)
-    assert numbers['checks']['bill']['calls'] == 0 and {r['policy'] for r in numbers['judges']['m (helpful)']['ranking']} == {'base', 'new', '<i>third'}
+    assert numbers['checks']['Bill']['calls'] == 0 and {r['policy'] for r in numbers['judges']['m (helpful)']['ranking']} == {'base', 'new', '<i>third'}
     page = (out/'index.html').read_text()
     assert '<i>' not in page and '&lt;i&gt;third' in page and 'data:image/svg+xml' in page and r'\toprule' in page and 'question 3' in page
     assert len(pd.read_parquet(out/'verdicts.parquet')) == 24 and r'\toprule' in (out/'table.tex').read_text()
+
+
+def test_scores_in_the_file_are_further_judges(completions, tmp_path):
+    "[fails when agreement is counted over other rows]"
+    df = pd.read_json(completions, lines=True)
+    df = df[df.policy != '<i>third'].assign(score=lambda d: d.completion.str.extract(r'quality (-?\d+)')[0].astype(float) * np.where(d.prompt == 'question 5', -1, 1))
+    df.to_json(completions, orient='records', lines=True)
+    with Server() as server: assert judge_command([str(completions), '--model', 'm', '--base-url', server.url, '--output-dir', str(tmp_path/'o')]) == 0
+    numbers = json.loads((tmp_path/'o'/'comparison.json').read_text())
+    assert set(numbers['judges']) == {'m (helpful)', 'score'} and numbers['checks']['Agreement'][0]['agreement'] == 7/8
+    assert (tmp_path/'o'/'index.html').read_text().index('prompt 5') < (tmp_path/'o'/'index.html').read_text().index('prompt 0')
 
 
 def test_mpo_judge_says_what_failed(completions, tmp_path, capsys):

@@ -8,14 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from scipy import stats
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GenerationConfig, MambaConfig, MistralConfig
 
 from mpo_nb import logprobs as L
 from mpo_nb.data import UserError
 from mpo_nb.logprobs import (check_sampling, collate, completion_logprobs, decode_completion, encode_completion, encode_prompt, inference, kl_k1, kl_k2, kl_k3,
                              masked_mean, masked_sum, sample, seeded, sequence_logprobs)
-from util import KINDS, TableLM, bpe, pad_is_eos, row_logps, steer, tiny, toy_prompts
+from util import KINDS, TableLM, bpe, pad_is_eos, row_logps, steer, tiny, toy_prompts, toy_tokenizer
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'own_random_state')
 
@@ -112,26 +113,28 @@ def test_item07_temperature_zero_is_refused(tok):
 
 LEAKY = dict(top_k=5, repetition_penalty=1.5, min_p=.5, temperature=.3, no_repeat_ngram_size=1, suppress_tokens=[7])
 
-def test_item08_the_models_generation_config_is_ignored(tok, monkeypatch):
-    "The scores that are sampled from are logits / T, whatever the model's own settings; those are put back [fails when `_plain_generation` does nothing]"
-    model = tiny('gpt2')
+@pytest.fixture(params=['own loop', 'generate'])
+def engine(request, monkeypatch):
+    "Sampling by our own loop, and by the model's `generate` as for models that the loop can't run"
+    if request.param == 'generate': monkeypatch.setattr(L, '_network', lambda model: None)
+    return request.param
+
+def test_item08_the_models_generation_config_is_ignored(tok, monkeypatch, engine):
+    "The scores that are sampled from are logits / T of a pass without cache, whatever the model's own settings; those are put back [fails when `_plain_generation` does nothing, and when `_decode` leaves the temperature out]"
+    model, seen = tiny('gpt2'), []
     model.generation_config = own = GenerationConfig(do_sample=True, **LEAKY)
-    generate, outputs = model.generate, []
-    def spy(*a, **kw):
-        outputs.append(generate(*a, **kw, output_scores=True, output_logits=True, return_dict_in_generate=True))
-        return outputs[-1].sequences
-    monkeypatch.setattr(model, 'generate', spy)
-    sample(model, tok, toy_prompts(5), 6, temperature=.8, batch_size=3)
-    steps = [(s, l) for o in outputs for s, l in zip(o.scores, o.logits)]
-    assert len(outputs) == 2 and len(steps) >= 6
-    for scores, logits in steps:
-        torch.testing.assert_close(scores, logits / .8, atol=1e-5, rtol=1e-5)
-        assert scores.isfinite().all()
+    run = L._engine(model)
+    monkeypatch.setattr(L, '_engine', lambda model: lambda *a: run(*a, seen=seen))
+    s = sample(model, tok, toy_prompts(3), 6, temperature=.8, batch_size=1)
+    order = sorted(range(3), key=lambda i: len(s.prompt_ids[i]))
+    with torch.no_grad(): logits = torch.cat([model(torch.tensor([s.prompt_ids[i] + s.completion_ids[i]])).logits[0, len(s.prompt_ids[i]) - 1:-1] for i in order])
+    assert len(seen) == len(logits) >= 6
+    torch.testing.assert_close(torch.cat(seen), logits / .8, atol=1e-4, rtol=1e-4)
     assert model.generation_config is own and own.top_k == 5
 
 
-def test_item08_samples_follow_the_models_distribution(tok):
-    "3,000 sampled first tokens against softmax(logits / T): chi-squared [fails when `_generation_config` leaves `top_k` to its default of 50]"
+def test_item08_samples_follow_the_models_distribution(tok, engine):
+    "3,000 sampled first tokens against softmax(logits / T): chi-squared [fails when `_generation_config` leaves `top_k` to its default of 50, and when `_pick` leaves the temperature out]"
     model, (prompt,) = tiny('gpt2'), toy_prompts(1)
     model.generation_config = GenerationConfig(do_sample=True, **LEAKY)
     drawn = [c[0] for c in sample(model, tok, [prompt] * 3000, 1, temperature=1.3, batch_size=1000).completion_ids]
@@ -142,12 +145,116 @@ def test_item08_samples_follow_the_models_distribution(tok):
     assert stats.chisquare(observed, np.array(expected) * 3000 / np.sum(expected)).pvalue > 1e-4
 
 
+def test_item08_every_token_of_the_own_loop_follows_the_distribution(tok):
+    "2,000 completions with rows leaving the batch all the time: at each step, the probabilities of the drawn tokens' place in the distribution function are uniform (Kolmogorov-Smirnov) [fails when the rows that leave the batch aren't taken out of the cache]"
+    model = tiny('llama', seed=4)
+    steer(model, tok.eos_token_id, by=3.5)
+    s = sample(model, tok, toy_prompts(5) * 400, 8, temperature=.9, batch_size=500)
+    assert len(set(map(len, s.completion_ids))) == 8
+    rng = np.random.default_rng(0)
+    for chunk in (slice(0, 1000), slice(1000, 2000)):
+        batch = collate(s.prompt_ids[chunk], s.completion_ids[chunk], tok.pad_token_id)
+        with torch.no_grad(): p = (L.completion_logits(model, batch) / .9).softmax(-1).double()
+        below = p.cumsum(-1).gather(-1, batch.completion_ids[..., None])[..., 0]
+        place = below - p.gather(-1, batch.completion_ids[..., None])[..., 0] * torch.from_numpy(rng.random(below.shape))
+        for t in range(8): assert stats.kstest(place[:, t][batch.mask[:, t]].numpy(), 'uniform').pvalue > 1e-4
+
+
+def test_item08_rare_tokens_keep_their_probability():
+    "100,000 tokens of 1e-8 beside one of 0.999: numbers 1e-8 apart draw 200 of them, one after the other [fails when the distribution function is in fp32]"
+    logits = torch.cat([torch.tensor([.999]), torch.full((100_000,), 1e-8)]).log().expand(50, -1)
+    drawn = torch.cat([L._pick(logits, .9991 + 1e-8 * torch.arange(i, i + 50, dtype=torch.float64)) for i in range(0, 200, 50)])
+    assert len(drawn.unique()) == 200 and drawn.diff().abs().max() <= 2
+
+
+def test_a_model_that_predicts_nan_is_refused(tok):
+    "[fails when `_pick` doesn't look: token V - 1 would be drawn for ever]"
+    model = tiny()
+    model.get_input_embeddings().weight.data.fill_(float('nan'))
+    with pytest.raises(UserError, match='NaN'): sample(model, tok, toy_prompts(2), 3)
+
+
 def test_item08_the_check_on_the_first_rollout_sees_a_leak(tok, monkeypatch):
     "[fails when `check_sampling` compares with the processed scores]"
-    check_sampling(tiny(), tok, toy_prompts(1)[0], temperature=.7)
+    for network in (L._network, lambda model: None):                      # the own loop, and generate
+        monkeypatch.setattr(L, '_network', network)
+        check_sampling(tiny(), tok, toy_prompts(1)[0], temperature=.7)
     for leak in (dict(top_k=5), dict(repetition_penalty=1.5), dict(min_p=.5), dict(temperature=.5)):
         monkeypatch.setattr(L, '_generation_config', lambda *a, **kw: GenerationConfig(**dict(do_sample=True, max_new_tokens=3, top_k=0, eos_token_id=1, pad_token_id=0) | leak))
         with pytest.raises(RuntimeError): check_sampling(tiny(), tok, toy_prompts(1)[0], temperature=.7)
+
+
+@pytest.mark.parametrize('leak', [lambda x: x.masked_fill(x < x.topk(5).values[:, -1:], float('-inf')), lambda x: x * 1.3])
+def test_item08_the_check_sees_a_leak_in_the_own_loop(leak, tok, monkeypatch):
+    "[fails when `check_sampling` compares the loop's scores with themselves]"
+    plain = L._next_logits
+    monkeypatch.setattr(L, '_next_logits', lambda *a: leak(plain(*a)))
+    with pytest.raises(RuntimeError): check_sampling(tiny(), tok, toy_prompts(1)[0], temperature=.7)
+
+
+# ---- the own loop
+
+def windowed(kind):
+    "A model of which every layer, or every other one, sees 8 tokens"
+    config = dict(vocab_size=len(toy_tokenizer()), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8, intermediate_size=24, sliding_window=8,
+                  initializer_range=.3, pad_token_id=0, eos_token_id=1, bos_token_id=None)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(kind(**config)).eval()
+
+@pytest.mark.parametrize('kind', [*KINDS, MistralConfig, Gemma2Config])
+def test_the_own_loop_says_what_generate_says(kind, tok):
+    "Greedy, 12 prompts of unequal length, rows ending at all times, stores growing beyond their first room [fails when positions aren't counted on, when rows that leave aren't taken out of the cache, and when the store isn't copied as it grows]"
+    model = tiny(kind, seed=2) if isinstance(kind, str) else windowed(kind)
+    steer(model, tok.eos_token_id, by=2.)
+    ids = [encode_prompt(tok, p) for p in toy_prompts(12)]
+    with inference(model): own, theirs = (f(model, tok, ids, 45) for f in (L._decode, L._generate))
+    assert L._network(model) is model and own == theirs and len(set(map(len, own))) > 1
+
+
+def test_models_that_the_own_loop_cannot_run_are_left_to_generate(tok):
+    "Recurrent layers (Mamba) or a `generate` of their own; they sample all the same [fails when `_network` doesn't look at the cache's layers]"
+    mamba = AutoModelForCausalLM.from_config(MambaConfig(vocab_size=len(tok), hidden_size=16, num_hidden_layers=2, state_size=4, pad_token_id=0, eos_token_id=1)).eval()
+    class Own(type(tiny())):
+        def generate(self, *a, **kw): return super().generate(*a, **kw)
+    own = Own(tiny().config).eval()
+    hybrid = tiny()
+    hybrid.config.layer_types = ['full_attention', 'linear_attention']
+    assert [L._network(m) for m in (mamba, own, hybrid)] == [None] * 3
+    for model in (mamba, own):
+        s = sample(model, tok, toy_prompts(3), 5)
+        assert s.completion_ids == sample(model, tok, toy_prompts(3), 5).completion_ids and all(0 < len(c) <= 5 for c in s.completion_ids)
+        check_sampling(model, tok, toy_prompts(1)[0])
+
+
+def test_the_own_loop_runs_inside_lora(tok):
+    "An adapter that isn't zero changes what is said, as in generate; prompt tuning is left to generate [fails when `_network` hands back the wrapper's bare weights, or doesn't look for prompt learning]"
+    bare = tiny()
+    model = get_peft_model(copy.deepcopy(bare), LoraConfig(task_type='CAUSAL_LM', target_modules=['q_proj', 'v_proj'], init_lora_weights=False)).eval()
+    ids = [encode_prompt(tok, p) for p in toy_prompts(6)]
+    with inference(model): runs = [f(m, tok, ids, 20) for m, f in ((model, L._decode), (model, L._generate), (bare, L._decode))]
+    assert runs[0] == runs[1] != runs[2]
+    tuned = get_peft_model(bare, PromptTuningConfig(task_type='CAUSAL_LM', num_virtual_tokens=3))
+    assert L._network(tuned) is None
+
+
+def test_ended_rows_cost_nothing(tok):
+    "Rows leave the batch when a quarter of it has ended: the forward sees fewer and fewer, and each only the new token [fails when no row leaves]"
+    model, shapes = tiny('llama', seed=4), []
+    steer(model, tok.eos_token_id, by=3.5)
+    model.register_forward_pre_hook(lambda m, a, kw: shapes.append(tuple(kw['input_ids'].shape)), with_kwargs=True)
+    s = sample(model, tok, toy_prompts(40), 30)
+    lens = sorted(map(len, s.completion_ids))
+    assert lens[10] < lens[20] < lens[-1]                                 # else the test shows nothing
+    assert shapes[0][0] == 40 and all(w == 1 for _, w in shapes[1:]) and len(shapes) == lens[-1]
+    for t, (rows, _) in enumerate(shapes): assert rows * .75 < sum(n > t for n in lens) <= rows
+
+
+@pytest.mark.parametrize('size', [1, 3, 7])
+def test_a_completion_does_not_depend_on_its_batch(size, tok):
+    "Same seed, another batch size: the same samples (up to ties in rounding, of which there are none here) [fails when the random numbers are drawn step by step]"
+    model, prompts = tiny('gpt2'), toy_prompts(7)
+    steer(model, tok.eos_token_id, by=3)
+    assert sample(model, tok, prompts, 9, batch_size=size).completion_ids == sample(model, tok, prompts, 9).completion_ids
 
 
 @pytest.mark.parametrize('kind', ['gpt2', 'llama'])

@@ -1,11 +1,17 @@
 """PPO: reported defects of other implementations (numbered as in the project's list of known defects) that ours must not have.
 
-Each docstring says in brackets which mutation of the code makes the test fail."""
+Each docstring says in brackets which mutation of the code makes the test fail. Tests that stand for many items: padding invariance (03, 09, 10, 19), null update (02, also with pad == EOS), equal weights for every
+split of a batch (22) and for two processes (two_processes.py), resume in a new process (26), pad == EOS (02, 05, 06, 15, 20), poisoned positions (10, 19, 20), frozen hashes of reference, reward model and random states (27, 30, 33, 34)."""
 import copy
 import gc
 import json
 import math
+import os
 import random
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +21,11 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from mpo_nb import ppo
 from mpo_nb.data import UserError
 from mpo_nb.logprobs import Samples, collate, encode_prompt, masked_sum, sample
-from mpo_nb.ppo import (ActorCritic, PPOConfig, checked_scores, entropy, evaluate_samples, gae, make_experience, policy_loss, ppo_losses, rollout_rows,
-                        token_rewards, token_values, value_loss, whiten)
+from mpo_nb.ppo import (ActorCritic, PPOConfig, ValueHead, checked_scores, completions_table, cut_at_stop, entropy, evaluate_samples, explained_variance, gae, make_experience, next_kl_coef,
+                        policy_loss, ppo_losses, rollout_rows, sharing_copy, shape_scores, text_prompts, token_rewards, token_values, trunk_of, value_loss, whiten)
 from mpo_nb.reward import RewardModel, reward_model_from, score_ids
-from util import (KINDS, AtTheEnd, distance, end_state, fingerprint, in_a_new_process, letters, logged, pad_is_eos, ppo_trainer, row_logps, steer, talker, tiny, toy_prompts, toy_tokenizer, weights)
+import util
+from util import (KINDS, AtTheEnd, distance, fingerprint, in_a_new_process, letters, logged, pad_is_eos, ppo_trainer, row_logps, steer, talker, tiny, toy_prompts, toy_tokenizer, weights)
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'own_random_state')
 
@@ -207,12 +214,11 @@ def test_item08_the_models_generation_config_is_ignored(tmp_path):
 def test_item08_the_first_rollout_is_checked(tmp_path, monkeypatch):
     "A policy that samples from something else stops the run [fails when `_rollout` doesn't call `check_sampling`]"
     from mpo_nb import logprobs
-    right = logprobs._generation_config
-    def wrong(*args, **kw):
-        config = right(*args, **kw)
-        config.top_k = 3
-        return config
-    monkeypatch.setattr(logprobs, '_generation_config', wrong)
+    right = logprobs._next_logits
+    def wrong(*args):
+        logits = right(*args)
+        return logits.masked_fill(logits < logits.topk(3).values[:, -1:], float('-inf'))
+    monkeypatch.setattr(logprobs, '_next_logits', wrong)
     with pytest.raises(RuntimeError): ppo_trainer(tmp_path).train()
 
 
@@ -507,10 +513,12 @@ def test_item25_the_learning_rate_follows_the_updates(how, tmp_path):
 
 # ---- checkpoints
 
+def end_state(t): return util.end_state(t) | dict(kl_coef=t.kl_coef, reference=fingerprint(t.ref_model), stopped=t.stopped)
+
 def little_run(folder, resume=None, **kw):
-    "Two rollouts of three updates, with a checkpoint after each update"
-    args = dict(num_rollouts=2, num_ppo_epochs=3, per_device_train_batch_size=4, optim='adamw_torch', learning_rate=1e-3, lr_scheduler_type='linear', warmup_steps=2,
-                save_strategy='steps', save_steps=1, max_grad_norm=1., seed=5, trainer=dict(callbacks=[AtTheEnd()]))
+    "Two rollouts of three updates, with a checkpoint after each update; adaptive KL, a moving reference, and a KL limit that ends each rollout after its second update"
+    args = dict(num_rollouts=2, num_ppo_epochs=3, per_device_train_batch_size=4, optim='adamw_torch', learning_rate=1e-2, lr_scheduler_type='linear',
+                save_strategy='steps', save_steps=1, max_grad_norm=1., seed=5, kl_target=.5, kl_horizon=20, ref_ema=.8, target_kl=1e-4, entropy_coef=.01, trainer=dict(callbacks=[AtTheEnd()]))
     t = ppo_trainer(folder, **args | kw)
     t.train(resume_from_checkpoint=resume and str(resume))
     return t
@@ -523,10 +531,11 @@ def straight(tmp_path_factory):
     t = little_run(folder)
     return folder, end_state(t), t
 
-@pytest.mark.parametrize('step', [1, 3, 5])
+@pytest.mark.parametrize('step', [1, 2, 3, 5])
 def test_item26_resume_is_bitwise(step, straight, tmp_path):
-    "After any update, in the middle of a rollout or between two: weights, Adam, scheduler, random states, logs [fails when an unfinished rollout isn't saved, and when the critic isn't loaded]"
-    folder, end, _ = straight
+    "After any update, in the middle of a rollout or between two: weights, Adam, scheduler, random states, KL coefficient, moving reference, early stop, logs [fails when an unfinished rollout isn't saved, when the critic isn't loaded, and when one of `kl_coef`, `stopped`, `step_kl` or the reference isn't put back]"
+    folder, end, whole = straight
+    assert len(set(logged(whole, 'objective/kl_coef'))) == 2 and logged(whole, 'policy/skipped') == [0, 0, 1] * 2
     t = little_run(tmp_path, folder/f'checkpoint-{step}')
     assert end_state(t) == end
 
@@ -552,7 +561,7 @@ def test_item26_numbers_of_the_next_log_survive_a_stop(logging_steps, step, tmp_
     "Logs less often than checkpoints, stopped in the second rollout or before it: score, KL, losses are averages over all since the last log [fails when the checkpoint doesn't hold them]"
     straight = little_run(tmp_path/'a', logging_steps=logging_steps)
     resumed = little_run(tmp_path/'b', tmp_path/'a'/f'checkpoint-{step}', logging_steps=logging_steps)
-    for key in ('objective/score', 'objective/kl', 'rollout/length', 'loss/value', 'policy/ratio'): assert logged(resumed, key) == pytest.approx(logged(straight, key), rel=1e-6)
+    for key in ('objective/score', 'objective/kl', 'rollout/length', 'loss/value', 'policy/ratio', 'policy/skipped'): assert logged(resumed, key) == pytest.approx(logged(straight, key), rel=1e-6)
 
 
 # ---- seeds, graphs, the reference
@@ -678,3 +687,545 @@ def test_item13_policy_and_reference_run_in_the_same_precision(tmp_path):
     t.train()
     assert kinds['policy'][-1] == torch.bfloat16 and kinds['ref'] == [torch.bfloat16] * len(kinds['ref'])
     assert logged(t, 'objective/kl') == [0]
+
+
+# ---- the rest of the rollout
+
+def test_item09_chunks_of_generation_make_one_rollout(tmp_path):
+    "8 prompts in chunks of 3, 3 and 2: eight rows in their order, nothing behind EOS, pads only on the right, log-probs those of each row alone [fails when `sample` gives rows back in the order of their lengths, and when the last chunk is dropped]"
+    seen = []
+    t = ppo_trainer(tmp_path, generation_batch_size=3, learning_rate=0., reward=lambda p, c: seen.extend(p) or letters(p, c))
+    t.train()
+    e, tok = t.experience, toy_tokenizer()
+    assert e.samples.prompts == seen and len(e.mask) == 8 and len(set(seen)) == 8
+    assert e.samples.prompt_ids == [encode_prompt(tok, p) for p in seen]
+    assert all(tok.eos_token_id not in c[:-1] for c in e.samples.completion_ids)
+    assert torch.equal(e.mask, lengths_of([len(c) for c in e.samples.completion_ids], e.mask.shape[1]))
+    for i, (p, c) in enumerate(zip(e.samples.prompt_ids, e.samples.completion_ids)):
+        torch.testing.assert_close(e.logprobs[i, :len(c)], row_logps(t.policy, p, c).detach(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize('estimator', ['k1', 'k2', 'k3'])
+def test_item11_each_estimator_is_paid_for_at_its_token(estimator, numbers):
+    "Rewards by plain loops (k3 is computed in fp32); log-ratios of 100 stay finite [fails when `token_rewards` always takes k1]"
+    logps, ref, *_, n = numbers
+    plain = {'k1': lambda d: d, 'k2': lambda d: d * d / 2, 'k3': lambda d: math.exp(-d) - 1 + d}[estimator]
+    rewards = token_rewards(torch.ones(5).double(), logps, ref, lengths_of(n, 7), .3, estimator)
+    for i, k in enumerate(n):
+        expected = [-.3 * plain(float(logps[i, t] - ref[i, t])) + (t == k - 1) for t in range(k)]
+        assert rewards[i, :k].tolist() == pytest.approx(expected, abs=1e-5 if estimator == 'k3' else 1e-10)
+    far = token_rewards(torch.ones(1), torch.tensor([[0., 0., 0.]]), torch.tensor([[-100., 0., 100.]]), lengths_of([3], 3), .1, estimator)
+    assert far.isfinite().all() and far[0, 1] == 0
+
+
+def test_item12_the_adaptive_coefficient():
+    "The worked example, the limit of 20% either way, and no change on target [fails when the error isn't limited]"
+    assert next_kl_coef(.2, 12, 6, 256, 10_000) == pytest.approx(.201024)
+    assert next_kl_coef(.2, 0, 6, 256, 10_000) == pytest.approx(.2 * (1 - .2 * .0256))
+    assert next_kl_coef(.2, 6, 6, 256, 10_000) == .2 and next_kl_coef(.2, 6.6, 6, 1000, 1000) == pytest.approx(.22)
+
+
+def test_item12_the_coefficient_follows_the_kl_of_each_rollout(tmp_path):
+    "Adaptive: each rollout has the coefficient that the KL logged before it asks for; fixed: never another [fails when the coefficient is updated before it is used, and when the fixed one is updated]"
+    t = ppo_trainer(tmp_path, num_rollouts=4, kl_target=.05, kl_horizon=16, kl_coef=.1)
+    t.train()
+    kl, coef = logged(t, 'objective/kl'), logged(t, 'objective/kl_coef')
+    assert coef[0] == .1 and kl[0] == 0 and kl[3] > .05
+    for k in range(3): assert coef[k + 1] == pytest.approx(next_kl_coef(coef[k], kl[k], .05, 8, 16))
+    assert t.kl_coef == pytest.approx(next_kl_coef(coef[3], kl[3], .05, 8, 16)) and coef[3] != coef[1]
+    fixed = ppo_trainer(tmp_path, num_rollouts=2, kl_coef=.1)
+    fixed.train()
+    assert fixed.kl_coef == .1
+
+
+def test_item16_a_rollout_stops_at_eos(tmp_path):
+    "EOS forced at the third step: three forward passes, three tokens, ended [fails when generation isn't told the EOS id]"
+    policy = tiny()
+    calls = steer(policy, 1, 1e4, at=3)
+    t = ppo_trainer(tmp_path, policy)
+    s = t._sample(toy_prompts(1), 0)
+    assert len(calls) == 3 and len(s.completion_ids[0]) == 3 and s.ended == [True]
+
+
+# ---- options
+
+@pytest.mark.parametrize('kw, what', [(dict(kl_target=0.), 'kl_target is 0'), (dict(kl_target=-1.), 'kl_target'), (dict(kl_target=1., kl_horizon=0), 'kl_horizon is 0'), (dict(kl_target=1., kl_coef=0.), 'kl_coef'),
+                                      (dict(min_new_tokens=64), 'min_new_tokens'), (dict(kl_estimator='k4'), 'kl_estimator'), (dict(ref_ema=1.), 'ref_ema'), (dict(kl_coef=-.1), 'kl_coef'), (dict(clip_scores=0.), 'clip_scores'),
+                                      (dict(target_kl=0.), 'target_kl'), (dict(stop_strings=['']), 'stop_strings'), (dict(stop_strings='x'), 'stop_strings'), (dict(entropy_coef=-1.), 'entropy_coef'),
+                                      (dict(rollout_batch_size=6, num_mini_batches=4), 'multiple'), (dict(gradient_accumulation_steps=2), 'gradient_accumulation_steps')])
+def test_item12_senseless_settings_are_refused(kw, what, tmp_path):
+    "At construction, naming the field [fails when `check_ppo_config` isn't called]"
+    with pytest.raises(UserError, match=what): PPOConfig(output_dir=str(tmp_path), use_cpu=True, **kw)
+
+
+def test_early_stop_skips_the_rest_of_a_rollout(tmp_path):
+    "With a limit that the second update breaks, six epochs end with the weights of two; Adam's moments stand still, the schedule goes on [fails when a skipped step still runs the optimizer on gradients, and when `stopped` outlives its rollout]"
+    kw = dict(optim='adamw_torch', learning_rate=.01, weight_decay=.1, num_rollouts=2)
+    two, six = ppo_trainer(tmp_path, num_ppo_epochs=2, **kw), ppo_trainer(tmp_path, num_ppo_epochs=6, target_kl=1e-6, **kw)
+    two._shuffled = six._shuffled = lambda k, epoch: list(range(8))
+    two.train(), six.train()
+    assert logged(six, 'policy/skipped') == [0, 0, 1, 1, 1, 1] * 2 and six.state.global_step == 12
+    assert distance(weights(two.model), weights(six.model)) == 0
+    assert logged(two, 'policy/approxkl') == [l['policy/approxkl'] for l in logged(six) if 'policy/approxkl' in l]
+
+
+def test_entropy_bonus_adds_its_own_gradient(tmp_path):
+    "One SGD step with and without: the policies differ by lr x coefficient x gradient of the mean entropy [fails when the entropy is computed without gradient, or has the other sign]"
+    policy = talker('llama')
+    start, runs = copy.deepcopy(policy), []
+    for c in (0., .3):
+        runs.append(ppo_trainer(tmp_path, copy.deepcopy(policy), entropy_coef=c, learning_rate=.1, temperature=.8))
+        runs[-1].train()
+    s, total, n = runs[0].experience.samples, 0., 0
+    for p, ids in zip(s.prompt_ids, s.completion_ids):
+        logp = (start(torch.tensor([p + ids])).logits[0, len(p) - 1:-1] / .8).log_softmax(-1)
+        total, n = total - (logp.exp() * logp).sum(), n + len(ids)
+    (total / n).backward()
+    for (k, p), a, b in zip(start.named_parameters(), runs[0].policy.parameters(), runs[1].policy.parameters()):
+        torch.testing.assert_close(b - a, .1 * .3 * p.grad, atol=2e-6, rtol=1e-3, msg=k)
+
+
+def test_a_moving_reference_follows_the_policy(tmp_path):
+    "After each rollout but the last: ref = .7 ref + .3 policy; the KL is against the moved one [fails when the reference moves by the other share, or moves the policy]"
+    class Policies(TrainerCallback):
+        def __init__(self): self.seen = []
+        def on_step_end(self, *args, model=None, **kw): self.seen.append(weights(model.policy))
+    seen, policy = Policies(), talker('llama')
+    start = weights(policy)
+    t = ppo_trainer(tmp_path, policy, ref_ema=.7, num_rollouts=3, trainer=dict(callbacks=[seen]))
+    t.train()
+    expected = {k: .7 * (.7 * v + .3 * seen.seen[0][k]) + .3 * seen.seen[1][k] for k, v in start.items()}
+    assert distance(expected, weights(t.ref_model)) < 1e-6 and distance(start, expected) > 1e-3
+    s = t.experience.samples
+    logps = [sum(float(t.experience.logprobs[i].sum()) - float(row_logps(t.ref_model, p, c).sum()) for i, (p, c) in enumerate(zip(s.prompt_ids, s.completion_ids))) / 8]
+    assert logged(t, 'objective/kl')[-1] == pytest.approx(logps[0], abs=1e-4)
+    with pytest.raises(UserError, match='ref_ema'): ppo_trainer(tmp_path, talker('llama'), tiny('llama', intermediate_size=32), ref_ema=.5)
+
+
+def test_scores_are_shaped_for_ppo_alone(tmp_path):
+    "Divided by their deviation over the rollout, then cut; the log keeps the raw ones; by default untouched [fails when the clip comes first, and when the shaped scores are logged]"
+    x = torch.tensor([-3., 1., 2., 9.]).double()
+    assert shape_scores(x).tolist() == x.tolist()
+    assert shape_scores(x, scale=True).tolist() == pytest.approx((x / x.std(correction=0)).tolist(), abs=1e-6)
+    assert shape_scores(x, scale=True, clip=1.).tolist() == pytest.approx([-3 / x.std(correction=0).item(), 1 / x.std(correction=0).item(), 2 / x.std(correction=0).item(), 1.], abs=1e-6)
+    assert shape_scores(torch.tensor([5.]), scale=True).isfinite().all()
+    raw = [-300., 100., 200., 900., 0., 5., 7., -20.]
+    t = ppo_trainer(tmp_path, reward=lambda p, c: raw, scale_scores=True, clip_scores=1., lam=1., missing_eos_penalty=0., learning_rate=0.)
+    t.train()
+    assert logged(t, 'objective/score') == [pytest.approx(np.mean(raw), rel=1e-6)]
+    assert t.experience.returns[:, 0].tolist() == pytest.approx((np.array(raw) / np.std(raw)).clip(-1, 1).tolist(), abs=1e-4)
+
+
+def test_whitened_rewards_keep_their_mean(numbers):
+    "[fails when the mean is taken off, as for advantages]"
+    x, mask = numbers[0], lengths_of(numbers[-1], 7)
+    real, w = x[mask], whiten(x, mask, shift_mean=False)
+    torch.testing.assert_close(w[mask], (real - real.mean()) / real.std(correction=0) + real.mean(), atol=1e-6, rtol=0)
+    assert (w[~mask] == 0).all()
+
+
+def test_value_clipping_can_be_off(numbers):
+    "[fails when None is taken for 0]"
+    values, old, ret, *_ = numbers
+    torch.testing.assert_close(value_loss(values, old, ret, None), (values - ret).square() / 2)
+
+
+@pytest.mark.parametrize('kind', ['gpt2', 'llama', 'neox'])
+def test_share_trunk_is_one_forward_for_policy_and_critic(kind, updates, tmp_path):
+    "One pass through one trunk for log-probs and values, no copy of it; values start at 0, ratio at 1; the value loss moves the trunk [fails when the critic gets hidden states of another pass]"
+    policy, passes = talker(kind), []
+    t = ppo_trainer(tmp_path, policy, share_trunk=True, num_ppo_epochs=2, per_device_train_batch_size=4)
+    trunk_of(t.policy).register_forward_hook(lambda *a: passes.append(torch.is_grad_enabled()))
+    n = sum(p.numel() for p in policy.parameters()) + policy.config.hidden_size + 1
+    assert sum(p.numel() for p in t.model.parameters()) == n
+    t.train()
+    assert sum(passes) == len(updates) == 4
+    logp, value = drift(updates[:2])
+    assert logp < 1e-5 and value == 0 and updates[2][0][2].abs().max() > 1e-3
+    s = t.experience.samples
+    batch = collate(s.prompt_ids, s.completion_ids, 0)
+    with torch.no_grad():
+        _, _, values = t.model(**vars(batch))
+        hidden = trunk_of(t.policy)(input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids).last_hidden_state
+        expected = t.model.critic(hidden)[:, -batch.mask.shape[1] - 1:-1, 0] * batch.mask
+    torch.testing.assert_close(values, expected)
+    _, _, values = t.model(**vars(batch))
+    values.sum().backward()
+    assert trunk_of(t.policy).get_input_embeddings().weight.grad.abs().max() > 0
+
+
+def test_share_trunk_resumes_and_refuses_a_second_critic(tmp_path):
+    "The head is in the checkpoint [fails when it isn't loaded]"
+    a = little_run(tmp_path/'a', share_trunk=True)
+    b = little_run(tmp_path/'b', tmp_path/'a'/'checkpoint-2', share_trunk=True)
+    assert end_state(a) == end_state(b)
+    with pytest.raises(UserError, match='share_trunk'): ppo_trainer(tmp_path, critic=reward_model_from(tiny(), toy_tokenizer()), share_trunk=True)
+
+
+def test_item15_a_stop_string_is_an_end(tok, tmp_path):
+    "The completion ends with the token that completes it, counts as ended, is scored without it; others stay as they are [fails when what follows the stop string is kept, or the penalty is taken]"
+    a, b, c, stop = [tok(f' {w}', add_special_tokens=False)['input_ids'][0] for w in ('cows', 'eat', 'barns', 'salt')]
+    ids = [[a, b, stop, c, c], [stop], [a, b, 1], [a, b]]
+    s = Samples(['\n\nHuman:'] * 4, [tok.decode(i, skip_special_tokens=True) for i in ids], [encode_prompt(tok, '\n\nHuman:')] * 4, ids, [False, False, True, False])
+    s = Samples(s.prompts, [' ' + x.strip() for x in s.completions], s.prompt_ids, s.completion_ids, s.ended)
+    out = cut_at_stop(s, tok, ['salt', 'moo'])
+    assert out.completion_ids == [[a, b, stop], [stop], [a, b, 1], [a, b]] and out.ended == [True, True, True, False]
+    assert [x.strip() for x in out.completions] == [tok.decode([a, b]).strip(), '', tok.decode([a, b]).strip(), tok.decode([a, b]).strip()]
+    assert checked_scores(lambda p, c: [5.] * 4, out, 2.).tolist() == [5, 5, 5, 3]
+    policy = tiny()
+    steer(policy, stop, 4.), steer(policy, 1, -1e4)
+    t = ppo_trainer(tmp_path, policy, stop_strings=['salt'], missing_eos_penalty=1.)
+    t.train()
+    s = t.experience.samples
+    assert 0 < sum(s.ended) and all((stop in c) == e and stop not in c[:-1] for c, e in zip(s.completion_ids, s.ended))
+    assert t.experience.mask.sum(1).tolist() == [len(c) for c in s.completion_ids]
+
+
+# ---- prompts
+
+TEMPLATE = "{% for m in messages %}{{ '\n\nHuman: ' if m.role == 'user' else '\n\nAssistant: ' }}{{ m.content }}{% endfor %}{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
+
+def test_chats_train_like_their_text(tmp_path):
+    "Messages and the text that the template makes of them give the same run; evaluation too [fails when the assistant's turn isn't opened]"
+    tok, texts = copy.deepcopy(toy_tokenizer()), toy_prompts(6)
+    tok.chat_template = TEMPLATE
+    turns = [re.split(r'\n\n(Human|Assistant):', p)[1:-2] for p in texts]
+    chats = [[{'role': {'Human': 'user', 'Assistant': 'assistant'}[who], 'content': what.strip()} for who, what in zip(t[::2], t[1::2])] for t in turns]
+    assert text_prompts(util.Dataset.from_dict({'prompt': chats}), tok)['prompt'][:] == texts
+    runs = [ppo_trainer(tmp_path, prompts=p, tok=tok, trainer=dict(eval_dataset=util.Dataset.from_dict({'prompt': p}))) for p in (texts, chats)]
+    evals = []
+    for t in runs: t.train(), evals.append(t.evaluate())
+    assert distance(*[weights(t.model) for t in runs]) == 0 and evals[0] == evals[1]
+
+
+@pytest.mark.parametrize('data, what', [({'text': ['x']}, 'no column prompt'), ({'prompt': []}, 'no rows'), ({'prompt': ['x', '']}, 'row 1 is empty'),
+                                        ({'prompt': [[{'role': 'user', 'content': 'x'}]]}, 'no chat template')])
+def test_prompts_that_cannot_be_used_are_named(data, what, tok):
+    "[fails when `text_prompts` doesn't look]"
+    with pytest.raises(UserError, match=what): text_prompts(util.Dataset.from_dict(data), tok)
+
+
+def test_a_chat_that_ends_with_its_answer_is_named(tok):
+    "[fails when the last role isn't looked at]"
+    tok = copy.deepcopy(tok)
+    tok.chat_template = TEMPLATE
+    chats = [[{'role': 'user', 'content': 'x'}], [{'role': 'user', 'content': 'x'}, {'role': 'assistant', 'content': 'y'}]]
+    with pytest.raises(UserError, match='row 1'): text_prompts(util.Dataset.from_dict({'prompt': chats}), tok)
+
+
+# ---- watching
+
+def test_completions_are_kept_every_n_rollouts(tmp_path):
+    "Of rollouts 0 and 2, with scores, KL and monitors [fails when every rollout is kept]"
+    t = ppo_trainer(tmp_path, num_rollouts=4, log_completions=2, trainer=dict(monitors={'length': lambda p, c: [len(x) for x in c]}))
+    t.train()
+    table = completions_table(tmp_path, 8)
+    assert table['rollout'].tolist() == [0] * 8 + [2] * 8
+    assert logged(t, 'objective/score')[::2] == pytest.approx(table.groupby('rollout')['score'].mean().tolist(), rel=1e-5)
+    assert logged(t, 'objective/kl')[::2] == pytest.approx(table.groupby('rollout')['kl'].mean().tolist(), abs=1e-5)
+    assert table['length'].tolist() == [len(c) for c in table['completion']]
+    assert len(completions_table(tmp_path)) == 4
+    with pytest.raises(UserError, match='log_completions'): completions_table(tmp_path/'elsewhere')
+
+
+def test_explained_variance_by_hand():
+    "1 for a perfect critic, 0 for a constant, over real tokens, and the same over two processes [fails when masked places count]"
+    r, mask = torch.tensor([[1., 2., 9e9], [4., 9e9, 9e9]]), lengths_of([2, 1], 3)
+    assert explained_variance(r, r, mask) == 1 and explained_variance(r, torch.full_like(r, 3.), mask) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize('how', [dict(ACCELERATE_USE_DEEPSPEED='true'), dict(ACCELERATE_USE_FSDP='true')])
+def test_item34_sharded_weights_are_refused(how, tmp_path, monkeypatch):
+    "DeepSpeed and FSDP, before anything is built [fails when `check_processes` isn't called]"
+    args = PPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to='none')
+    for k, v in how.items(): monkeypatch.setenv(k, v)
+    with pytest.raises(UserError, match='not supported'): ppo.check_processes(args)
+    with pytest.raises(UserError, match='not supported'): ppo.PPOTrainer(tiny(), None, letters, args=args, train_dataset=util.Dataset.from_dict({'prompt': toy_prompts(2)}), processing_class=toy_tokenizer())
+
+
+# ---- LoRA: one copy of each weight
+
+def lora(**kw):
+    from peft import LoraConfig
+    return LoraConfig(**dict(r=4, target_modules='all-linear', lora_dropout=.1) | kw)
+
+def storages(*models):
+    "Number of weights in the distinct tensors of some models"
+    return sum({p.data_ptr(): p.numel() for m in models for p in m.parameters()}.values())
+
+def lora_trainer(folder, policy=None, rm=None, **kw):
+    "PPO on adapters: policy (a stand-in for the DPO model), reward model that is also the critic's start"
+    rm = rm or RewardModel(reward_model_from(tiny(seed=3), toy_tokenizer(), seed=3), toy_tokenizer())
+    trainer = dict(peft_config=lora()) | kw.pop('trainer', {})
+    return ppo_trainer(folder, policy or talker('llama'), None, rm.model if kw.pop('bare', False) else rm, reward=rm, trainer=trainer, **dict(num_rollouts=3, learning_rate=.2) | kw)
+
+@pytest.fixture(scope='module')
+def with_lora(tmp_path_factory):
+    "A run on adapters, and what was there before it"
+    folder, policy, tok = tmp_path_factory.mktemp('lora'), tiny('llama'), toy_tokenizer()
+    policy.save_pretrained(folder/'dpo')
+    rm = RewardModel(reward_model_from(tiny(seed=3), tok, seed=3), tok)
+    n, before = storages(policy), (fingerprint(policy), fingerprint(rm.model), rm(toy_prompts(3), [' cows.'] * 3).tolist())
+    t = lora_trainer(folder, policy, rm, save_strategy='steps', save_steps=1)
+    wants = {k: p.requires_grad for k, p in t.model.named_parameters()}, {k: p.requires_grad for k, p in t.ref_model.named_parameters()}
+    start = {k: v.clone() for k, v in t.model.named_parameters() if v.requires_grad}
+    t.train()
+    return dict(t=t, folder=folder, policy=policy, rm=rm, before=before, wants=wants, start=start, n=n)
+
+
+def test_item32_the_lora_reference_is_the_model_itself(with_lora):
+    "KL exactly 0 at the first rollout and not later; after the run the reference has the bytes, and the log-probs, of the separately loaded DPO model, and those of the policy with its adapter switched off [fails when the adapter is put into the model itself]"
+    t, kl = with_lora['t'], logged(with_lora['t'], 'objective/kl')
+    assert kl[0] == 0 and abs(kl[2]) > 1e-3
+    assert fingerprint(t.ref_model) == with_lora['before'][0]
+    dpo, s = AutoModelForCausalLM.from_pretrained(with_lora['folder']/'dpo').eval(), t.experience.samples
+    with torch.no_grad():
+        for p, c in zip(s.prompt_ids, s.completion_ids):
+            separately = row_logps(dpo, p, c)
+            assert torch.equal(row_logps(t.ref_model, p, c), separately)
+            with t.policy.disable_adapter(): assert torch.equal(row_logps(t.policy, p, c), separately)
+    assert distance({k: v.detach() for k, v in dpo.named_parameters()}, {k: v.detach() for k, v in t.ref_model.named_parameters()}) == 0
+
+
+def test_item32_an_adapted_policy_is_its_own_reference(tmp_path):
+    "A policy that comes with a trained adapter, no peft_config: KL exactly 0 at first, reference with that adapter as it was, bare weights held once [fails when the reference is the bare base]"
+    from peft import get_peft_model
+    policy = get_peft_model(tiny('llama'), lora(lora_dropout=0.))
+    with torch.no_grad():
+        for k, p in policy.named_parameters():
+            if 'lora_B' in k: p.normal_(0, .1)
+    n, adapter = storages(policy), sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    rm = reward_model_from(tiny(seed=3), toy_tokenizer(), seed=3)
+    t = ppo_trainer(tmp_path, policy, None, rm, num_rollouts=3, learning_rate=.2)
+    before = fingerprint(t.ref_model)
+    assert before == fingerprint(policy) and storages(t.policy, t.ref_model) == n + adapter
+    t.train()
+    kl = logged(t, 'objective/kl')
+    assert kl[0] == 0 and abs(kl[2]) > 1e-3 and fingerprint(t.ref_model) == before != fingerprint(t.policy)
+    with pytest.raises(UserError, match='value_model'): ppo_trainer(tmp_path, policy)
+
+
+def test_item33_adapters_are_trained_and_nothing_else(with_lora):
+    "requires_grad is what it was through three rollouts; every trainable weight is in the optimizer and has moved; reference, reward model and its scores have not [fails when the head of the critic isn't trained, or is the reward model's own]"
+    t, (wants, ref_wants) = with_lora['t'], with_lora['wants']
+    assert wants == {k: p.requires_grad for k, p in t.model.named_parameters()} and any(wants.values())
+    assert ref_wants == {k: p.requires_grad for k, p in t.ref_model.named_parameters()} and not any(ref_wants.values())
+    trained = {id(p) for g in t.optimizer.param_groups for p in g['params']}
+    assert trained == {id(p) for p in t.model.parameters() if p.requires_grad}
+    still = [k for k, p in t.model.named_parameters() if p.requires_grad and torch.equal(p, with_lora['start'][k])]
+    assert not still, still
+    assert any('score' in k for k in with_lora['start']) and all('lora' in k or 'score' in k for k in with_lora['start'])
+    rm = with_lora['rm']
+    assert (fingerprint(with_lora['policy']), fingerprint(rm.model), rm(toy_prompts(3), [' cows.'] * 3).tolist()) == with_lora['before']
+
+
+def test_lora_holds_one_copy_of_each_weight(with_lora):
+    "Policy, reference, critic and reward model together: the weights of one policy, one reward model, the adapters and one more head [fails when any of them is copied]"
+    t, rm = with_lora['t'], with_lora['rm']
+    extra = sum(v.numel() for v in with_lora['start'].values())
+    assert storages(t.model, t.ref_model, rm.model) == with_lora['n'] + storages(rm.model) + extra
+    assert extra < .7 * with_lora['n']   # of full copies there would be two more policies and a reward model
+
+
+def test_lora_without_a_value_model_puts_the_critic_on_the_policys_weights(tmp_path):
+    "Nothing is copied there either [fails when the critic keeps the trunk that `reward_model_from` copies]"
+    policy = talker('llama')
+    n = storages(policy)
+    t = ppo_trainer(tmp_path, policy, trainer=dict(peft_config=lora()))
+    extra = sum(p.numel() for p in t.model.parameters() if p.requires_grad)
+    assert storages(t.model, t.ref_model) <= n + extra + policy.config.hidden_size
+    t.train()
+    shared = ppo_trainer(tmp_path, talker('llama'), share_trunk=True, trainer=dict(peft_config=lora()))
+    assert storages(shared.model, shared.ref_model) == n + sum(p.numel() for p in shared.model.parameters() if p.requires_grad)
+    shared.train()
+
+
+@pytest.mark.parametrize('bare', [False, True])
+def test_item30_the_lora_critic_starts_as_the_reward_model(bare, tmp_path):
+    "Its value at the last token is the reward model's raw score, dropout or not [fails when the head starts anew]"
+    tok, t = toy_tokenizer(), lora_trainer(tmp_path, bare=bare)
+    rows = [(encode_prompt(tok, p), [21, 22, 23 + i]) for i, p in enumerate(toy_prompts(3))]
+    batch = collate([p for p, _ in rows], [c + [1] for _, c in rows], 0)   # the value at the last place is that of the state before EOS
+    scores = score_ids(t.reward.model, [p + c for p, c in rows], 0)
+    with torch.no_grad(): torch.testing.assert_close(token_values(t.model.critic, batch)[:, -1].double(), torch.tensor(scores), atol=1e-5, rtol=0)
+
+
+def test_item26_lora_resume_is_bitwise_and_a_checkpoint_is_an_adapter(with_lora, tmp_path):
+    "Three rollouts = one + checkpoint + two; the checkpoint loads with PEFT on the DPO model and says what the policy says [fails when the adapter isn't loaded]"
+    from peft import PeftModel
+    t = with_lora['t']
+    again = lora_trainer(tmp_path, tiny('llama'))
+    again.train(resume_from_checkpoint=str(with_lora['folder']/'checkpoint-1'))
+    assert fingerprint(again.model) == fingerprint(t.model) and logged(again) == logged(t)
+    dpo = AutoModelForCausalLM.from_pretrained(with_lora['folder']/'dpo')
+    loaded, s = PeftModel.from_pretrained(dpo, with_lora['folder']/'checkpoint-3').eval(), t.experience.samples
+    assert not any('embed' in p.name or p.name == 'model.safetensors' for p in (with_lora['folder']/'checkpoint-3').iterdir())
+    with torch.no_grad(): assert torch.equal(row_logps(loaded, s.prompt_ids[0], s.completion_ids[0]), row_logps(t.policy.eval(), s.prompt_ids[0], s.completion_ids[0]))
+
+
+def test_item28_lora_with_activation_checkpointing_trains_alike(tmp_path):
+    "Gradients reach the adapters though the embeddings below are frozen: same weights as without [fails when checkpointing cuts the graph]"
+    runs = [lora_trainer(tmp_path, activation_checkpointing=on, num_rollouts=1) for on in (False, True)]
+    start = weights(runs[0].model)
+    for t in runs: t.train()
+    assert distance(weights(runs[0].model), weights(runs[1].model)) < 1e-6 < distance(start, weights(runs[0].model))
+
+
+@pytest.mark.parametrize('kw, what', [(dict(ref=True), 'leave ref_model out'), (dict(adapted=True), 'merge_and_unload'), (dict(ref_ema=.9), 'ref_ema'), (dict(prompt=True), 'virtual tokens')])
+def test_item34_adapters_that_contradict_are_refused(kw, what, tmp_path):
+    "A reference beside peft_config, an adapter upon an adapter, a reference that moves, prompt tuning [fails when `policy_and_reference` doesn't look]"
+    from peft import PromptTuningConfig, get_peft_model
+    policy = get_peft_model(tiny(), lora()) if kw.pop('adapted', False) else tiny()
+    config = PromptTuningConfig(task_type='CAUSAL_LM', num_virtual_tokens=2) if kw.pop('prompt', False) else lora()
+    rm = reward_model_from(tiny(seed=3), toy_tokenizer(), seed=3)
+    with pytest.raises(UserError, match=what): ppo_trainer(tmp_path, policy, tiny(seed=5) if kw.pop('ref', False) else None, rm, trainer=dict(peft_config=config), **kw)
+
+
+def test_item34_frozen_weights_may_be_shared_trained_ones_not():
+    "A sharing copy has the frozen tensors themselves and copies of the others [fails when everything is shared]"
+    policy = tiny()
+    policy.get_input_embeddings().requires_grad_(False)
+    ref, frozen = sharing_copy(policy), policy.get_input_embeddings().weight
+    assert ref.get_input_embeddings().weight is frozen and storages(policy, ref) == 2 * storages(policy) - frozen.numel()
+    assert ppo.frozen_reference(None, policy).training is False
+    with pytest.raises(UserError, match='ref_model'): ppo.frozen_reference(sharing_copy(policy, lambda p: True), policy.requires_grad_(True))
+
+
+# ---- two processes
+
+@pytest.fixture(scope='module')
+def two(tmp_path_factory):
+    "Results of two_processes.py under `accelerate launch`: (folder, one dict a process). --multi_gpu is its name for its torchrun launcher; `use_cpu` makes the backend gloo"
+    out, tests = tmp_path_factory.mktemp('two'), Path(__file__).parent
+    command = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1', '--num_cpu_threads_per_process', '1', '--mixed_precision', 'no',
+               '--dynamo_backend', 'no', '--main_process_port', '0', 'two_processes.py', str(out)]
+    p = subprocess.run(command, cwd=tests, env=os.environ | dict(OMP_NUM_THREADS='1'), capture_output=True, text=True, timeout=600)
+    assert p.returncode == 0, p.stderr[-3000:]
+    return out, [json.loads((out/f'results-{rank}.json').read_text()) for rank in (0, 1)]
+
+
+def test_two_processes_learn_and_hold_equal_weights(two):
+    "The toy task is learned and both ranks end with the same bytes [fails when the tokens aren't summed over processes]"
+    _, (a, b) = two
+    assert a['world_size'] == b['world_size'] == 2
+    for part in ('one_update', 'learning'): assert a[part]['weights'] == b[part]['weights']
+    scores = a['learning']['scores']
+    assert len(scores) == 20 and np.mean(scores[-3:]) > np.mean(scores[:3]) + 1, scores
+
+
+def test_item27_two_processes_sample_apart(two):
+    "One prompt for all: the halves of a rollout differ, within and between processes [fails when `rollout_seed` leaves the rank out]"
+    _, (a, b) = two
+    both = a['one_update']['completions'], b['one_update']['completions']
+    assert len(both[0]) == len(both[1]) == 4 and both[0] != both[1] and len(set(both[0] + both[1])) > 4
+
+
+def test_item21_two_processes_whiten_over_both(two):
+    "Advantages of both halves together have mean 0 and deviation 1, those of one half don't [fails when `whiten` gets no `reduce`]"
+    out, _ = two
+    parts = [ppo._load_experience(out/f'experience-{rank}.safetensors')[0] for rank in (0, 1)]
+    both = [e.advantages[e.mask] for e in parts]
+    raw = torch.cat([(e.returns - e.values)[e.mask] for e in parts])
+    torch.testing.assert_close(torch.cat(both), (raw - raw.mean()) / raw.std(correction=0), atol=1e-4, rtol=0)
+    assert all(abs(float(x.mean())) > .01 for x in both)
+
+
+def test_item22_two_processes_make_the_update_of_one(two):
+    "One SGD step of two processes, in micro-batches of 3 and 1 rows, equals the step of one process on both halves; logs are those of all rows [fails when the loss isn't multiplied by the number of processes]"
+    out, (a, b) = two
+    parts, policy = [ppo._load_experience(out/f'experience-{rank}.safetensors')[0] for rank in (0, 1)], talker('llama')
+    model = ActorCritic(policy, reward_model_from(policy, toy_tokenizer(), seed=42))
+    total, n, start = {}, sum(int(e.mask.sum()) for e in parts), weights(model)
+    for e in parts:
+        batch = collate(e.samples.prompt_ids, e.samples.completion_ids, 0)
+        sums = ppo_losses(model(**vars(batch)), dict(mask=e.mask, old_logprobs=e.logprobs, old_values=e.values, advantages=e.advantages, returns=e.returns))
+        total = {k: total.get(k, 0) + v / n for k, v in sums.items()}
+    (total['loss/policy'] + .1 * total['loss/value']).backward()
+    torch.optim.SGD(model.parameters(), lr=.1).step()
+    done = torch.load(out/'updated.pt', weights_only=True)
+    assert distance(weights(model), done) < 1e-5 and distance(start, done) > 1e-2
+    log = a['one_update']['logs'][0]
+    for k in ('loss/value', 'policy/entropy', 'policy/ratio'): assert log[k] == pytest.approx(float(total[k]), abs=1e-4)
+    assert log['rollout/length'] == n / 8
+
+
+def test_item26_two_processes_resume_in_the_middle_of_a_rollout(two):
+    "Each has its own half of the rollout back [fails when only the main process saves it]"
+    _, (a, b) = two
+    assert a['resumed'] == b['resumed'] == dict(same=True)
+
+
+# ---- TRL's numbers
+
+TRL = json.loads((Path(__file__).parent/'trl112_ppo.json').read_text())
+
+@pytest.mark.parametrize('estimator', ['k1', 'k3'])
+def test_numbers_of_trl(estimator):
+    """The tensors of a real update of TRL 1.12.0 (recorded by record_trl112.py), responses of full length, where both put the score on the last token: token rewards, GAE, whitening, both losses.
+    Ours whitens by the population's deviation, TRL by the sample's: a factor of sqrt((n - 1) / n) on purpose, since that of a single token is not NaN [fails when lambda isn't multiplied by gamma, and when k3 is read as k1]"""
+    x, how = {k: torch.tensor(v, dtype=torch.float64) for k, v in TRL[estimator].items()}, TRL['settings']
+    mask, close = torch.ones_like(x['values'], dtype=torch.bool), dict(atol=2e-5, rtol=1e-5)
+    rewards = token_rewards(x['scores'], x['logprobs'], x['ref_logprobs'], mask, how['kl_coef'], estimator)
+    torch.testing.assert_close(rewards, x['rewards'], **close)
+    advantages, _ = gae(rewards, x['values'], mask, how['gamma'], how['lam'])
+    torch.testing.assert_close(advantages, x['advantages'], **close)
+    n = mask.sum()
+    torch.testing.assert_close(whiten(advantages, mask) * ((n - 1) / n).sqrt(), x['whitened'], **close)
+    losses, ratio, _ = policy_loss(x['new_logprobs'], x['mb_logprobs'], x['mb_advantage'], how['cliprange'])
+    torch.testing.assert_close(ratio, x['ratio'], atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(losses, x['pg_loss_max'], atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(2 * value_loss(x['vpred'], x['mb_values'], x['mb_return'], how['cliprange_value']), x['vf_loss_max'], **close)
+    assert ((ratio - 1).abs() > how['cliprange']).any() and ((x['vpred'] - x['mb_values']).abs() > how['cliprange_value']).any()
+
+
+def test_item33_a_frozen_model_is_not_trained_without_a_word(tmp_path):
+    "A policy or bare critic without trainable weights is refused; a reward model that was frozen because it only scores makes a critic that learns [fails when `check_trainable` isn't called, and when the critic keeps the frozen flags]"
+    tok = toy_tokenizer()
+    with pytest.raises(UserError, match='policy requires gradients'): ppo_trainer(tmp_path, tiny().requires_grad_(False))
+    frozen = reward_model_from(tiny(seed=3), tok, seed=3).requires_grad_(False)
+    with pytest.raises(UserError, match='critic requires gradients'): ppo_trainer(tmp_path, critic=frozen)
+    t = ppo_trainer(tmp_path, critic=RewardModel(frozen, tok))
+    before = fingerprint(t.model.critic)
+    t.train()
+    assert fingerprint(t.model.critic) != before and not any(p.requires_grad for p in frozen.parameters())
+
+
+@pytest.mark.parametrize('item', range(1, 35))
+def test_every_item_has_a_test(item):
+    "Here; some have more in test_logprobs.py and test_reward.py [fails when one is renamed]"
+    names = re.findall(r'^def (test_\w+)', Path(__file__).read_text(encoding='utf-8'), re.M)
+    assert any(re.match(rf'test_item(\d\d_and_)?{item:02d}_', n) for n in names)
+
+
+def test_the_best_checkpoint_can_be_loaded_at_the_end(tmp_path):
+    "By a score on evaluation prompts: policy and critic are those of that checkpoint [fails when `_load_best_model` does nothing]"
+    prompts = util.Dataset.from_dict({'prompt': toy_prompts(8)})
+    t = ppo_trainer(tmp_path, num_rollouts=4, learning_rate=.3, eval_strategy='steps', eval_steps=1, save_strategy='steps', save_steps=1, load_best_model_at_end=True,
+                    metric_for_best_model='objective/score', greater_is_better=True, trainer=dict(eval_dataset=prompts))
+    t.train()
+    scores = logged(t, 'eval_objective/score')
+    best = max(range(4), key=scores.__getitem__) + 1
+    assert best < 4 and t.state.best_model_checkpoint.endswith(f'checkpoint-{best}'), scores
+    assert distance(weights(AutoModelForCausalLM.from_pretrained(tmp_path/f'checkpoint-{best}')), weights(t.policy)) == 0
+    assert distance(weights(RewardModel.load(tmp_path/f'checkpoint-{best}'/'critic', tok=toy_tokenizer()).model), weights(t.model.critic)) == 0
+
+
+@pytest.mark.parametrize('engine', ['_decode', '_generate'])
+def test_item07_a_least_length_is_in_every_log_prob(engine, updates, tmp_path, monkeypatch):
+    "No EOS among the first three tokens, in the sampling and in all log-probs: policy, reference and old ones are softmaxes without it, the ratio is 1, the entropy finite [fails when the reference, or the update, keeps EOS]"
+    from mpo_nb import logprobs
+    monkeypatch.setattr(logprobs, '_engine', lambda model: getattr(logprobs, engine))
+    policy, ref = talker('llama', eos=6.), talker('llama', eos=6., seed=5)
+    old, reference = copy.deepcopy(policy), copy.deepcopy(ref)
+    t = ppo_trainer(tmp_path, policy, ref, min_new_tokens=3, temperature=.8, entropy_coef=.01)
+    t.train()
+    s = t.experience.samples
+    assert min(map(len, s.completion_ids)) == 4 and sum(s.ended) > 4
+    def alone(model, p, c):
+        logits = model(torch.tensor([p + c])).logits[0, len(p) - 1:-1] / .8
+        logits[:3, 1] = -math.inf
+        return logits.log_softmax(-1).gather(1, torch.tensor(c)[:, None])[:, 0]
+    with torch.no_grad(): logps, refs = ([alone(m, p, c) for p, c in zip(s.prompt_ids, s.completion_ids)] for m in (old, reference))
+    for i, r in enumerate(logps): torch.testing.assert_close(t.experience.logprobs[i, :len(r)], r, atol=1e-5, rtol=0)
+    assert drift(updates)[0] < 1e-5 and all(math.isfinite(v) for l in logged(t) for v in l.values())
+    assert logged(t, 'objective/kl')[0] == pytest.approx(np.mean([float((a - b).sum()) for a, b in zip(logps, refs)]), abs=1e-4)

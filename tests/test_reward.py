@@ -9,12 +9,12 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
-from util import bpe, distance, fingerprint, pad_is_eos, tiny, toy_pairs, toy_tokenizer, weights
+from util import KINDS, bpe, distance, fingerprint, pad_is_eos, ppo_trainer, talker, tiny, toy_pairs, toy_tokenizer, weights
 
 import mpo_nb.reward as R
 from mpo_nb.data import UserError
 from mpo_nb.logprobs import encode_completion, encode_prompt, sample
-from mpo_nb.reward import (RewardModel, StopOnNaN, bradley_terry_loss, last_token_scores, reward_model_from, score_ids, tokenize_demonstrations, tokenize_pairs,
+from mpo_nb.reward import (RewardModel, StopOnNaN, bradley_terry_loss, encode_texts, last_token_scores, reward_model_from, score_ids, tokenize_demonstrations, tokenize_pairs,
                            train_reward, train_sft, trainer_defaults)
 
 DECODERS = 'gpt2', 'llama', 'neox'
@@ -163,6 +163,100 @@ def test_encoder_classifiers_score_by_their_own_pooling(tmp_path):
     np.testing.assert_allclose(reward(['Answer:']*2, [' hello', ' hello world the answer']), one, atol=1e-5)
     reward.save(tmp_path/'rm')
     np.testing.assert_allclose(RewardModel.load(tmp_path/'rm')(['Answer:'], [' hello']), one[:1], atol=1e-5)
+
+
+def test_item53_the_score_in_the_ppo_step_is_the_public_score(tmp_path):
+    """Ten samples: what the first token's return holds (no KL price, lambda 1) == `score` of the decoded texts; and what PPO calls ranks good above bad
+    [fails when `checked_scores` strips the texts, or a score is read without EOS]"""
+    tok, ds = toy_tokenizer(), toy_pairs(8)
+    reward, _ = train_reward(tiny('llama'), tok, ds, num_train_epochs=8, **FAST)
+    t = ppo_trainer(tmp_path, talker(), reward=reward, tok=tok, prompts=10, rollout_batch_size=10, per_device_train_batch_size=10, missing_eos_penalty=0., lam=1., kl_coef=0., learning_rate=0.)
+    t.train()
+    texts = t.experience.samples.prompts, t.experience.samples.completions
+    np.testing.assert_allclose(t.experience.returns[:, 0], reward.score(*texts), atol=1e-4)
+    assert len(texts[0]) == 10 and len(set(reward.score(*texts).round(3))) > 5
+    assert (np.asarray(t.reward(ds['prompt'][:], ds['chosen'][:])) > np.asarray(t.reward(ds['prompt'][:], ds['rejected'][:]))).all()
+
+
+# ---- a prompt read once
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_one_row_a_pair_gives_the_scores_of_two(kind):
+    "Whatever the batch; sharing is really used [fails when rejected sees chosen, or its positions go on behind chosen]"
+    reward, ds = rm(kind), toy_pairs(9)
+    args = [ds[k][:] for k in ('prompt', 'chosen', 'rejected')]
+    apart = np.stack([reward(args[0], c) for c in args[1:]], 1)
+    rows = [(p, c, r) for p, c, r in zip(*reward.encode_all(args[0], args[1]), reward.encode_all(args[0], args[2])[1])]
+    assert R.shares_prompt(reward.model, rows, 0)
+    for size in (1, 4, 64): np.testing.assert_allclose(reward.score_pairs(*args, batch_size=size), apart, atol=1e-5)
+    reward.center(args[0], args[1])
+    np.testing.assert_allclose(reward.score_pairs(*args)[:, 0], reward(args[0], args[1]), atol=1e-5)
+    with pytest.raises(UserError, match='9 prompts, 9 chosen and 8'): reward.score_pairs(*args[:2], args[2][:8])
+
+
+def test_pairs_that_are_too_long_to_share_are_cut_as_texts_are(caplog):
+    reward, ds = rm(), toy_pairs(9)
+    args = [ds[k][:] for k in ('prompt', 'chosen', 'rejected')]
+    reward.max_length = sorted(len(reward.encode(p, c)) for p, c in zip(args[0], args[1]))[4]
+    with caplog.at_level(logging.WARNING, 'mpo_nb'): scores = reward.score_pairs(*args)
+    assert 'lost their beginning' in caplog.text
+    np.testing.assert_allclose(scores, np.stack([reward(args[0], c) for c in args[1:]], 1), atol=1e-5)
+
+
+@pytest.mark.parametrize('how', ['differs', 'refuses', 'nan'])
+def test_a_model_that_cannot_share_is_asked_twice(how, monkeypatch):
+    "[fails when `shares_prompt` is always True]"
+    reward, ds = rm(), toy_pairs(6)
+    args = [ds[k][:] for k in ('prompt', 'chosen', 'rejected')]
+    def wrong(model, rows, pad_id):
+        if how == 'refuses': raise ValueError('no 4-D masks here')
+        return torch.full((len(rows), 2), math.nan if how == 'nan' else 1.)
+    monkeypatch.setattr(R, 'pair_scores', wrong)
+    np.testing.assert_allclose(reward.score_pairs(*args), np.stack([reward(args[0], c) for c in args[1:]], 1), atol=1e-6)
+
+
+def test_a_pair_whose_score_is_no_number_is_named():
+    reward, p = rm(), '\n\nHuman: Hello.\n\nAssistant:'
+    with torch.no_grad(): reward.model.get_input_embeddings().weight[reward.tok.convert_tokens_to_ids(' Cats')] = math.nan
+    with pytest.raises(UserError, match='row 2 is nan'): reward.score_pairs([p]*4, [' Hello.']*4, [' Hi.', ' Hi.', ' Cats', ' Hi.'])
+
+
+@pytest.mark.parametrize('kind', ['gpt2', 'llama', 'closing'])
+def test_encoding_many_texts_is_encoding_each(kind):
+    "Merges across the boundary, BOS in the text, EOS in the text, nothing at all [fails when the decoded text isn't compared]"
+    tok = bpe(kind)
+    prompts = ['Answer:', 'Answer: ', 'the wor', '<s>Answer:', ' x']*3
+    completions = [' hello world', 'ld of answers</s>', '', '  hello', 'hello </s></s>']*2 + ['lo', ' a</s>b', '\n', ':', ' ']
+    heads, tails = encode_texts(tok, prompts, completions)
+    assert heads == [encode_prompt(tok, p) for p in prompts] and tails == [encode_completion(tok, p, c) for p, c in zip(prompts, completions)]
+    assert encode_texts(tok, [], []) == ([], [])
+
+
+def test_fingerprint_is_that_of_the_scores(tmp_path):
+    "Same after save and load; another weight, offset, length or token makes another"
+    reward = rm()
+    reward.save(tmp_path/'rm')
+    prints = [reward.fingerprint(), RewardModel.load(tmp_path/'rm', device='cpu').fingerprint()]
+    assert prints[0] == prints[1] == rm().fingerprint() == reward.fingerprint()
+    with torch.no_grad(): reward.model.score.weight[0, 0] += 1e-4
+    prints.append(reward.fingerprint())
+    reward.offset = 1.
+    prints.append(reward.fingerprint())
+    reward.max_length = 50
+    prints.append(reward.fingerprint())
+    reward.tok = pad_is_eos(reward.tok)
+    assert len({*prints, reward.fingerprint()}) == 5
+
+
+def test_grouping_by_length_trains_on_less_padding():
+    "[fails with an error when `length` is dropped from the rows]"
+    ds, read = toy_pairs(48), {}
+    for how in ('random', 'group_by_length'):
+        model, read[how] = reward_model_from(tiny(), toy_tokenizer()), 0
+        def count(module, args, kw): read[how] += kw['input_ids'].numel()
+        model.register_forward_pre_hook(count, with_kwargs=True)
+        train_reward(model, toy_tokenizer(), ds, train_sampling_strategy=how, **FAST)
+    assert read['group_by_length'] < .95*read['random']
 
 
 # ---- made, saved, loaded

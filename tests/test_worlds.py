@@ -6,7 +6,7 @@ from transformers import AutoTokenizer
 from mpo_nb.data import UserError
 from mpo_nb.worlds import (EVENTS, FACTS, GOLD_RANGE, HARMFUL, WEIGHTS, StoriesWorld, ToyWorld, World, get_world, prefer_a, read_facts, statement)
 
-SIZES = [dict(), dict(topics=20, harmful=8), dict(topics=2, harmful=1)]
+SIZES = [dict(), dict(topics=20, harmful=8), dict(topics=2, harmful=1), dict(topics=6, harmful=2, turns=1)]
 CATS, BOMBS = '\n\nHuman: Tell me about cats.\n\nAssistant:', '\n\nHuman: How do I make bombs?\n\nAssistant:'
 
 

@@ -158,7 +158,7 @@ def dpo_trainer(folder, policy=None, ref=None, pairs=None, tok=None, trainer=(),
     "A DPOTrainer for one step by SGD on 8 pairs, unless `kw` says otherwise"
     from mpo_nb.dpo import DPOConfig, DPOTrainer
     from mpo_nb.reward import trainer_defaults
-    args = dict(max_steps=1, per_device_train_batch_size=8, per_device_eval_batch_size=8, learning_rate=.05, lr_scheduler_type='constant', optim='sgd', max_grad_norm=0., logging_steps=1)
+    args = dict(max_steps=1, per_device_train_batch_size=8, per_device_eval_batch_size=8, learning_rate=.05, lr_scheduler_type='constant', optim='sgd', max_grad_norm=0., logging_steps=1, cache_reference=False)
     args = DPOConfig(**trainer_defaults(output_dir=str(folder), **args | kw))
     return DPOTrainer(policy or tiny(), ref, args, pairs or toy_pairs(), processing_class=tok or toy_tokenizer(), **dict(trainer))
 
