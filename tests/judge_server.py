@@ -85,7 +85,7 @@ class Handler(BaseHTTPRequestHandler):
         if 'response_format' in body: return json.dumps(dict(reason=f'[[A]] or [[B]]? {label}', verdict=label))
         return f'One might say [[A]], one might say [[B]].\n[[{label}]]'
 
-    def f_timeout(self, question, body, label): time.sleep(3.5); self.close_connection = True
+    def f_timeout(self, question, body, label): time.sleep(8); self.close_connection = True
 
     def f_cut(self, question, body, label):
         "Half of the body, then the connection is closed"

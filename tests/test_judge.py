@@ -23,7 +23,7 @@ import pytest
 import judge_server
 from judge_server import Server, best
 from mpo_nb.data import UserError, data_path
-from mpo_nb.evaluate import Comparison, a_first, compare, compare_scores, length_check, read_completions, swap
+from mpo_nb.evaluate import a_first, compare, length_check, swap
 from mpo_nb.judge import (FORMATS, LLMJudge, Meter, Question, Store, TASKS, TEMPLATE, Unreadable, agreement, combine, fill, judge_command, position_bias, read_answers,
                           read_verdict, self_agreement)
 
@@ -71,7 +71,7 @@ def stormy(tmp_path_factory):
     with pytest.MonkeyPatch.context() as mp:
         mp.setenv('OPENAI_API_KEY', KEY)
         with Server(FAULTS, refuses=['temperature', 'max_tokens']) as server:
-            first = judge(server, answers=path, concurrency=6, timeout=2.)
+            first = judge(server, answers=path, concurrency=6, timeout=6.)
             out = first(rows)
             after_first = len(server.requests)
             lines = path.read_text().splitlines()
@@ -586,8 +586,5 @@ def test_a_real_server_end_to_end(real_server, tmp_path):
     assert j.bill()['replies'] >= 12 and j.bill()['prompt_tokens'] > 12*50
     stored = read_answers(tmp_path/'answers.jsonl').values()
     assert len(stored) == 12 and {a['label'] for a in stored} == {'A'} and all(a['completion_tokens'] > 0 for a in stored)
-
-
-def test_a_real_server_that_does_not_know_the_model(real_server):
-    out = LLMJudge('no/such-model', base_url=real_server['url'], template=TEMPLATE_260K, retries=0, give_up=2)(rows_of(5))
-    assert (out.verdict == 'failed').all() and out.reason.str.len().gt(20).all()
+    unknown = LLMJudge('no/such-model', base_url=real_server['url'], template=TEMPLATE_260K, retries=0, give_up=2)(rows_of(5))
+    assert (unknown.verdict == 'failed').all() and unknown.reason.str.len().gt(20).all()
