@@ -262,8 +262,8 @@ def test_item10_entropy_is_exact_and_never_negative():
     logits, mask = torch.randn(2, 3, 40) * 5, lengths_of([3, 1], 3)
     p = logits.double().softmax(-1)
     expected = -(p * p.log()).sum(-1) * mask
-    torch.testing.assert_close(entropy(logits, mask).double(), expected, atol=1e-5, rtol=0)
-    assert (entropy(logits, mask) >= 0).all() and (entropy(logits, mask)[1, 1:] == 0).all()
+    torch.testing.assert_close(entropy(logits.log_softmax(-1), mask).double(), expected, atol=1e-5, rtol=0)
+    assert (entropy(logits.log_softmax(-1), mask) >= 0).all() and (entropy(logits.log_softmax(-1), mask)[1, 1:] == 0).all()
 
 
 # ---- rewards and advantages
@@ -516,8 +516,8 @@ def test_item25_the_learning_rate_follows_the_updates(how, tmp_path):
 def end_state(t): return util.end_state(t) | dict(kl_coef=t.kl_coef, reference=fingerprint(t.ref_model), stopped=t.stopped)
 
 def little_run(folder, resume=None, **kw):
-    "Two rollouts of three updates, with a checkpoint after each update; adaptive KL, a moving reference, and a KL limit that ends each rollout after its second update"
-    args = dict(num_rollouts=2, num_ppo_epochs=3, per_device_train_batch_size=4, optim='adamw_torch', learning_rate=1e-2, lr_scheduler_type='linear',
+    "Two rollouts of four updates, with a checkpoint after each update; adaptive KL, a moving reference, and a KL limit that ends each rollout after its second update"
+    args = dict(num_rollouts=2, num_ppo_epochs=4, per_device_train_batch_size=4, optim='adamw_torch', learning_rate=1e-2, lr_scheduler_type='linear',
                 save_strategy='steps', save_steps=1, max_grad_norm=1., seed=5, kl_target=.5, kl_horizon=20, ref_ema=.8, target_kl=1e-4, entropy_coef=.01, trainer=dict(callbacks=[AtTheEnd()]))
     t = ppo_trainer(folder, **args | kw)
     t.train(resume_from_checkpoint=resume and str(resume))
@@ -531,11 +531,11 @@ def straight(tmp_path_factory):
     t = little_run(folder)
     return folder, end_state(t), t
 
-@pytest.mark.parametrize('step', [1, 2, 3, 5])
+@pytest.mark.parametrize('step', [1, 2, 3, 4, 6])
 def test_item26_resume_is_bitwise(step, straight, tmp_path):
     "After any update, in the middle of a rollout or between two: weights, Adam, scheduler, random states, KL coefficient, moving reference, early stop, logs [fails when an unfinished rollout isn't saved, when the critic isn't loaded, and when one of `kl_coef`, `stopped`, `step_kl` or the reference isn't put back]"
     folder, end, whole = straight
-    assert len(set(logged(whole, 'objective/kl_coef'))) == 2 and logged(whole, 'policy/skipped') == [0, 0, 1] * 2
+    assert len(set(logged(whole, 'objective/kl_coef'))) == 2 and logged(whole, 'policy/skipped') == [0, 0, 1, 1] * 2
     t = little_run(tmp_path, folder/f'checkpoint-{step}')
     assert end_state(t) == end
 
@@ -549,19 +549,50 @@ def test_item26_resume_is_bitwise_in_a_new_process(straight, tmp_path):
 def test_item26_a_checkpoint_is_a_policy(straight):
     "`from_pretrained` finds every weight and no other, of policy and critic [fails when the actor-critic is saved as one]"
     folder, _, t = straight
-    model, info = AutoModelForCausalLM.from_pretrained(folder/'checkpoint-6', output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(folder/'checkpoint-8', output_loading_info=True)
     assert not info['missing_keys'] and not info['unexpected_keys'] and not info['mismatched_keys']
     assert distance(weights(model), weights(t.policy)) == 0
-    critic = RewardModel.load(folder/'checkpoint-6'/'critic', tok=toy_tokenizer()).model
+    critic = RewardModel.load(folder/'checkpoint-8'/'critic', tok=toy_tokenizer()).model
     assert distance(weights(critic), weights(t.model.critic)) == 0
 
 
 @pytest.mark.parametrize('logging_steps, step', [(3, 4), (6, 3), (6, 4)])
 def test_item26_numbers_of_the_next_log_survive_a_stop(logging_steps, step, tmp_path):
     "Logs less often than checkpoints, stopped in the second rollout or before it: score, KL, losses are averages over all since the last log [fails when the checkpoint doesn't hold them]"
-    straight = little_run(tmp_path/'a', logging_steps=logging_steps)
-    resumed = little_run(tmp_path/'b', tmp_path/'a'/f'checkpoint-{step}', logging_steps=logging_steps)
+    straight = little_run(tmp_path/'a', logging_steps=logging_steps, num_ppo_epochs=3)
+    resumed = little_run(tmp_path/'b', tmp_path/'a'/f'checkpoint-{step}', logging_steps=logging_steps, num_ppo_epochs=3)
     for key in ('objective/score', 'objective/kl', 'rollout/length', 'loss/value', 'policy/ratio', 'policy/skipped'): assert logged(resumed, key) == pytest.approx(logged(straight, key), rel=1e-6)
+
+
+# ---- little padding
+
+@pytest.mark.parametrize('kind', ['gpt2', 'llama'])
+def test_rows_without_a_gap_give_the_numbers_of_padded_ones(kind):
+    "Long prompts with short answers beside short prompts with long ones: as wide as the longest row, same log-probs, entropies, values, each at its token [fails when the places are moved by the padded mask, and when the positions count the pads]"
+    prompts, answers = [[5] * 9, [6, 7], [8, 9, 10], [11]], [[12], [13, 14, 15, 16, 17, 1], [18, 19, 1], [1]]
+    s = Samples([''] * 4, [''] * 4, prompts, answers, [False, True, True, True])
+    model, ref = ActorCritic(tiny(kind), reward_model_from(tiny(kind, seed=1), toy_tokenizer(), seed=1)), tiny(kind, seed=2)
+    model.least = 1, 2
+    assert ppo.flush_rows(s, range(4), 0).input_ids.shape == (4, 10) and ppo.rows_of(s, range(4), 0).input_ids.shape == (4, 15)
+    with torch.no_grad():
+        padded = ppo.rows_of(s, range(4), 0)
+        logp, h, v = model(**vars(padded))
+        expected = logp, ppo.reference_logprobs(ref, padded, 1., 1, 2), v, h
+    for size in (1, 3, 4):
+        *seen, mask = evaluate_samples(model, ref, s, 0, batch_size=size)
+        assert (mask == padded.mask).all()
+        for a, b in zip(seen, expected): torch.testing.assert_close(a, b.masked_fill(~mask, 0.), atol=1e-5, rtol=1e-5)
+
+
+def test_micro_batches_hold_rows_of_like_length(tmp_path, updates):
+    "And the advantages of their own tokens [fails when the rows of a minibatch aren't sorted, and when a micro-batch takes its numbers from the padded places]"
+    t = ppo_trainer(tmp_path, talker(), prompts=8, per_device_train_batch_size=2)
+    t.train()
+    widths = [int(mb['attention_mask'].sum(1).max()) for _, mb in updates]
+    assert [mb['input_ids'].shape[1] for _, mb in updates] == widths == sorted(widths) and len(set(widths)) > 1
+    given = sorted(a for _, mb in updates for a in mb['advantages'][mb['mask']].tolist())
+    assert given == sorted(t.experience.advantages[t.experience.mask].tolist())
+    assert max(drift([updates[0]])) < 1e-5
 
 
 # ---- seeds, graphs, the reference
@@ -929,8 +960,10 @@ def test_completions_are_kept_every_n_rollouts(tmp_path):
 
 
 def test_explained_variance_by_hand():
-    "1 for a perfect critic, 0 for a constant, over real tokens, and the same over two processes [fails when masked places count]"
+    "1 for a perfect critic, 0 for a constant, over real tokens [fails when masked places count]"
     r, mask = torch.tensor([[1., 2., 9e9], [4., 9e9, 9e9]]), lengths_of([2, 1], 3)
+    v = torch.tensor([[2., 2., 7.], [5., -1e6, 0.]])   # errors -1, 0, -1; returns 1, 2, 4: variances 2/9 and 14/9
+    assert explained_variance(r, v, mask) == pytest.approx(1 - 2 / 14, abs=1e-6)
     assert explained_variance(r, r, mask) == 1 and explained_variance(r, torch.full_like(r, 3.), mask) == pytest.approx(0, abs=1e-6)
 
 
@@ -1006,7 +1039,7 @@ def test_item32_an_adapted_policy_is_its_own_reference(tmp_path):
 
 
 def test_item33_adapters_are_trained_and_nothing_else(with_lora):
-    "requires_grad is what it was through three rollouts; every trainable weight is in the optimizer and has moved; reference, reward model and its scores have not [fails when the head of the critic isn't trained, or is the reward model's own]"
+    "requires_grad is what it was through three rollouts; every trainable weight is in the optimizer and has moved; reference, reward model and its scores have not [fails when the critic's adapter is made for another task than SEQ_CLS, so that the head isn't trained]"
     t, (wants, ref_wants) = with_lora['t'], with_lora['wants']
     assert wants == {k: p.requires_grad for k, p in t.model.named_parameters()} and any(wants.values())
     assert ref_wants == {k: p.requires_grad for k, p in t.ref_model.named_parameters()} and not any(ref_wants.values())
@@ -1064,10 +1097,12 @@ def test_item26_lora_resume_is_bitwise_and_a_checkpoint_is_an_adapter(with_lora,
 
 
 def test_item28_lora_with_activation_checkpointing_trains_alike(tmp_path):
-    "Gradients reach the adapters though the embeddings below are frozen: same weights as without [fails when checkpointing cuts the graph]"
+    "On in policy and critic, gradients reach the adapters though the embeddings below are frozen: same weights as without [fails when `activation_checkpointing_enable` leaves the critic out]"
     runs = [lora_trainer(tmp_path, activation_checkpointing=on, num_rollouts=1) for on in (False, True)]
     start = weights(runs[0].model)
-    for t in runs: t.train()
+    for on, t in enumerate(runs):
+        t.train()
+        assert {layer.gradient_checkpointing for m in (t.policy, t.model.critic) for layer in trunk_of(m).layers} == {bool(on)}
     assert distance(weights(runs[0].model), weights(runs[1].model)) < 1e-6 < distance(start, weights(runs[0].model))
 
 
