@@ -479,14 +479,14 @@ def first_gradient(t): return next(c for c in t.callback_handler.callbacks if is
 def test_parity_with_trl_on_five_architectures(kind, loss_type, tmp_path):
     """Same 8 pairs in one batch, policy and reference apart: loss, rewards and gradients of the first step to 1e-5 (relative), weights after ten steps to 1e-5, in fp32. (TRL has no cDPO: its `sigmoid` ignores label_smoothing; ours is held
     against float64 loops above.) [fails when beta is fixed, when IPO sums, when rejected tokens see chosen ones, and on gpt2 when the rejected completion's positions go on behind the chosen one]"""
-    args = dict(loss_type=loss_type, label_smoothing=.1 if loss_type == 'robust' else 0., beta=.2, max_steps=10, learning_rate=.05, per_device_train_batch_size=8, lr_scheduler_type='constant', optim='sgd', max_grad_norm=0., logging_steps=1)
+    args = dict(loss_type=loss_type, label_smoothing=.1 if loss_type == 'robust' else 0., beta=.2, max_steps=10, learning_rate=.01, per_device_train_batch_size=8, lr_scheduler_type='constant', optim='sgd', max_grad_norm=0., logging_steps=1)
     ours, theirs = dpo_trainer(tmp_path/'ours', tiny(kind, seed=1), tiny(kind, seed=2), trainer=dict(callbacks=[FirstGradient()]), **args), ten_steps_by_trl(tmp_path/'trl', kind, args)
     ours.train()
     assert ours.shares_prefix
     for key in ('loss', 'rewards/chosen', 'rewards/rejected', 'rewards/margins', 'logps/chosen', 'logps/rejected'): assert logged(ours, key)[0] == pytest.approx(logged(theirs, key)[0], rel=1e-5, abs=2e-5), key
     a, b = first_gradient(ours), first_gradient(theirs)
     assert distance(a, b) < 1e-5 * max(float(g.abs().max()) for g in b.values())
-    assert distance(weights(tiny(kind, seed=1)), weights(theirs.model)) > 1e-2
+    assert distance(weights(tiny(kind, seed=1)), weights(theirs.model)) > 2e-3
     assert distance(weights(ours.model), weights(theirs.model)) < 1e-5
 
 
@@ -613,7 +613,7 @@ def test_item32_reference_of_a_trained_adapter_is_that_adapter(tmp_path):
 
 @pytest.mark.parametrize('how', ['new', 'trained'])
 def test_item33_what_is_trained_stays_trained(how, tmp_path):
-    "`requires_grad` as before the reference pass; every trained weight is in the optimizer, and moves [fails when peft's `disable_adapter` is used as it is and flips them, and when `train` starts with none]"
+    "`requires_grad` as before the reference pass; every trained weight is in the optimizer, and moves [fails when the adapter is left frozen; peft 0.21 itself no longer flips them, `_without_adapter` guards against versions that do]"
     start = with_trained_adapter() if how == 'trained' else tiny()
     t = dpo_trainer(tmp_path, start, max_steps=1, learning_rate=.5, trainer=dict(peft_config=None if how == 'trained' else lora()))
     assert {k for k, g in trained(t.model).items() if g} == {k for k in trained(t.model) if 'lora_' in k}
@@ -768,7 +768,7 @@ def test_batches_hold_pairs_of_similar_length():
     assert list(ByLength(lengths, 8, seed=4)) != first
     widths = [max(lengths[i] for i in first[s:s + 8]) for s in range(0, 400, 8)]
     assert widths[0] == max(widths) and 8 * sum(widths) < 1.1 * sum(lengths)
-    assert abs(np.corrcoef(widths, range(50))[0, 1]) < .3
+    assert .3 < np.mean(np.diff(widths) > 0) < .7   # in a sorted window nearly every batch is narrower than the one before
 
 
 @pytest.mark.parametrize('n', [1, 3, 8, 13])
