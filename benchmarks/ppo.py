@@ -4,7 +4,8 @@
 
 Same random Llama (vocabulary 512, width 128, 3 layers), reward model and critic, prompts (8 to 32 tokens), 64 episodes an iteration, epochs, response lengths, micro-batches, optimizer and precision (fp32).
 Each trainer runs in a process of its own (so that each has its own peak of memory), and they take turns: one iteration of ours, one of TRL's, and so on. Reported are medians over the rounds after a warm-up,
-split into rollout, scoring and update, the ratio, and the share of the peak speed of matrix multiplication that was measured beside them.
+split into rollout, scoring and update, the ratio, and the share of the peak speed of matrix multiplication that was measured beside them; once by the clock, once in seconds of processor time: where other programs
+run on the same cores, the clock says little and the second ratio is the one to read.
 
 TRL 1.12.0 is installed without its dependencies into FOLDER (default: below the user's cache folder), where it stands ahead on the path of its own process only."""
 import argparse, datetime, json, os, resource, statistics, subprocess, sys, tempfile, time
@@ -17,7 +18,7 @@ SETTINGS = {'fixed': dict(tokens=32, epochs=4),                                 
             'early': dict(tokens=32, epochs=4, mean=32 / 3),                    # responses end early, after a third of the limit on average
             'early+trunk': dict(tokens=32, epochs=4, mean=32 / 3, trunk=True),
             'long': dict(tokens=128, epochs=1)}                                 # one epoch, 128 tokens
-MICRO = 16                                                                      # rows of a micro-batch, TRL's fastest of 8, 16, 32, 64 here
+MICRO = 16                                                                      # rows of a micro-batch, in both
 
 
 # ---- the same task for both
@@ -59,15 +60,18 @@ def arguments(folder, tokens, epochs, micro, rounds):
 # ---- one worker: an iteration whenever the line "go" comes in
 
 class Watch:
-    "Seconds of the three parts of an iteration, one JSON line each time; waits for its turn between two"
-    def __init__(self): self.start, self.marks, self.tokens = None, {}, 0
-    def mark(self, name): self.marks.setdefault(name, time.perf_counter())
+    "Seconds of the three parts of an iteration by the clock and of all cores, one JSON line each time; waits for its turn between two"
+    def __init__(self): self.marks, self.tokens = {}, 0
+    def mark(self, name): self.marks.setdefault(name, (time.perf_counter(), time.process_time()))
     def turn(self):
-        if self.start is not None:
-            t, m = time.perf_counter(), self.marks
-            say(seconds=t - self.start, rollout=m['sampled'] - self.start, scoring=m['scored'] - m['sampled'], update=t - m['scored'], tokens=self.tokens, peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        if self.marks:
+            self.mark('end')
+            at = [self.marks[k] for k in ('start', 'sampled', 'scored', 'end')]
+            parts = {name + kind: at[i + 1][c] - at[i][c] for c, kind in enumerate(('', '_cpu')) for i, name in enumerate(('rollout', 'scoring', 'update'))}
+            say(seconds=at[3][0] - at[0][0], cpu=at[3][1] - at[0][1], **parts, tokens=self.tokens, peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         if sys.stdin.readline().strip() != 'go': raise KeyboardInterrupt
-        self.marks, self.start = {}, time.perf_counter()
+        self.marks = {}
+        self.mark('start')
 
 def say(**kw): print('@' + json.dumps(kw), flush=True)
 
@@ -78,7 +82,7 @@ def ours(folder, watch, tokens, epochs, micro, rounds, trunk=False, **how):
     from mpo_nb.reward import RewardModel
     tok, policy, reward, prompts = task(tokens, **how)
     reward = RewardModel(reward, tok)
-    args = ppo.PPOConfig(**arguments(folder, tokens, epochs, micro, rounds), rollout_batch_size=EPISODES, max_new_tokens=tokens, num_rollouts=rounds + 1, gradient_checkpointing=False, **(dict(value_head=True) if trunk else {}))
+    args = ppo.PPOConfig(**arguments(folder, tokens, epochs, micro, rounds), rollout_batch_size=EPISODES, max_new_tokens=tokens, num_rollouts=rounds + 1, gradient_checkpointing=False, **(dict(share_trunk=True) if trunk else {}))
     trainer = ppo.PPOTrainer(policy, None, reward, None if trunk else reward, args, train_dataset=Dataset.from_dict({'prompt': prompts}), processing_class=tok)
     sample, rollout = ppo.sample, trainer._rollout
     def sampled(*a, **kw):
@@ -142,7 +146,7 @@ def installed(folder):
 def start(who, setting, micro, rounds, folder):
     path = os.pathsep.join(filter(None, [str(folder) if who == 'trl' else '', os.environ.get('PYTHONPATH', '')]))
     env = os.environ | dict(PYTHONPATH=path, HF_HUB_OFFLINE='1', TRL_EXPERIMENTAL_SILENCE='1', PYTHONWARNINGS='ignore')
-    p = subprocess.Popen([sys.executable, __file__, '--worker', who, setting, str(micro), str(rounds)], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE if 0 else None, text=True)
+    p = subprocess.Popen([sys.executable, __file__, '--worker', who, setting, str(micro), str(rounds)], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     return p, answer(p)
 
 def answer(p):
@@ -158,7 +162,7 @@ def gemm_peak(n=1024):
     "Multiply-adds of fp32 matrices, counted twice, a second: the best of several tries"
     import torch
     a, best = torch.randn(n, n), 0
-    for _ in range(10):
+    for _ in range(20):
         t = time.perf_counter(); a @ a
         best = max(best, 2 * n ** 3 / (time.perf_counter() - t))
     return best
@@ -181,21 +185,24 @@ def compare(setting, micro, rounds, folder):
     out = {}
     for who, (first, warm, *rest) in runs.items():
         out[who] = middle(rest) | dict(peak=max(r['peak'] for r in rest), before=first['before'], all_seconds=[round(r['seconds'], 4) for r in rest])
-    out['threads'], out['ratio'] = runs['ours'][0]['threads'], out['trl']['seconds'] / out['ours']['seconds']
+    out['threads'] = runs['ours'][0]['threads']
+    out['ratio'], out['ratio_cpu'] = (out['trl'][k] / out['ours'][k] for k in ('seconds', 'cpu'))
     return out
 
 def show(name, r, peak):
     print(f'\n{name}: {SETTINGS[name]}, micro-batches of {r["micro"]}')
     for who in ('ours', 'trl'):
         x = r[who]
-        print(f'  {who:4} {x["seconds"]:.3f} s  (rollout {x["rollout"]:.3f}, scoring {x["scoring"]:.3f}, update {x["update"]:.3f})  {EPISODES / x["seconds"]:.1f} episodes/s, mean length {x["tokens"] / EPISODES:.1f}, '
-              f'{r["flop"] / x["seconds"] / peak:.0%} of the GEMM peak, peak memory {x["peak"]:.0f} MiB ({x["before"]:.0f} before the run)')
-    print(f'  ratio {r["ratio"]:.2f}')
+        for k, kind in (('seconds', ''), ('cpu', '_cpu')):
+            print(f'  {who:4} {x[k]:.3f} s {"of the processor" if kind else "by the clock"} (rollout {x["rollout" + kind]:.3f}, scoring {x["scoring" + kind]:.3f}, update {x["update" + kind]:.3f})', end='')
+            print(f', {EPISODES / x[k]:.1f} episodes/s' if not kind else '')
+        print(f'       mean length {x["tokens"] / EPISODES:.1f}, {r["flop"] / x["seconds"] / peak:.0%} of the GEMM peak, peak memory {x["peak"]:.0f} MiB ({x["before"]:.0f} before the run)')
+    print(f'  ratio {r["ratio"]:.2f} by the clock, {r["ratio_cpu"]:.2f} in processor time')
 
 def main():
     p = argparse.ArgumentParser()
     p.add_argument('--settings', nargs='+', default=list(SETTINGS), choices=list(SETTINGS))
-    p.add_argument('--rounds', type=int, default=7, help='iterations of each, of which the first is a warm-up')
+    p.add_argument('--rounds', type=int, default=6, help='iterations of each, of which the first is a warm-up')
     p.add_argument('--micro', type=int, default=MICRO)
     p.add_argument('--trl', default=os.environ.get('TRL_FOLDER', Path.home()/'.cache'/'mpo_nb'/TRL.replace('==', '-')), help='folder of TRL 1.12.0; installed there if it is missing')
     p.add_argument('--out', default=Path(__file__).parent/'results')
@@ -207,7 +214,7 @@ def main():
     for name in a.settings:
         r = result['settings'][name] = dict(SETTINGS[name], micro=a.micro, flop=needed(**SETTINGS[name]), **compare(name, a.micro, a.rounds, folder))
         show(name, r, peak)
-    if a.out:
+        if not a.out: continue
         Path(a.out).mkdir(parents=True, exist_ok=True)
         (Path(a.out)/'ppo.json').write_text(json.dumps(result, indent=1) + '\n')
 

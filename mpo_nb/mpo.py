@@ -11,8 +11,8 @@ __all__ = ['log', 'SHORT', 'SECTIONS', 'SHOWN', 'SEEDS', 'POLICIES', 'DPO_CURVES
            'stage_data', 'arguments', 'stage_sft', 'stage_pairs', 'stage_reward', 'stage_judge', 'the_judge',
            'stage_gaps', 'stage_dpo', 'stage_dpo_easy', 'stage_ppo', 'stage_mpo', 'stage_eval', 'stages', 'finished',
            'run_stage', 'evaluation', 'finish', 'differing_keys', 'check_folder', 'environment', 'locked', 'run',
-           'final_table', 'compare_runs', 'plot_training', 'report_plots', 'eighths', 'sample_cards', 'report',
-           'gaps_recipe', 'stage_score', 'score_gaps', 'gaps_summary', 'gaps_report', 'main']
+           'final_table', 'compare_runs', 'plot_training', 'report_plots', 'eighths', 'sample_cards', 'pair_table',
+           'report', 'gaps_recipe', 'stage_score', 'score_gaps', 'gaps_summary', 'gaps_report', 'main']
 
 # %% ../nbs/11_mpo.ipynb #7938328f
 import dataclasses, difflib, importlib.metadata, json, logging, os, platform, re, shutil, sys, time, warnings
@@ -1066,6 +1066,18 @@ def sample_cards(
         cards.append(dict(prompt=g.prompt.iloc[0].strip(), answers=[dict(policy=a.policy, completion=a.completion.strip(), score=a.score, ended=a.ended) for a in g.itertuples()]))
     return cards
 
+def pair_table(
+    df,        # completions.parquet
+    e: dict,   # evaluation.json
+) -> tuple:    # Rows {a, b, wins, ties, losses, win_rate, ci, p_holm, controlled, controlled_ci}; Bradley-Terry strengths {policy: {strength, se}}
+    "Every pair of policies: the win rate of `e`, with Holm's p value and the rate at equal length; and one order of all policies"
+    from mpo_nb.evaluate import compare_scores, length_check, pair_rows
+    c = compare_scores(df)
+    lengths = {k: length_check(pair_rows(df, *k), v, warn_above=1) for k, v in c.verdicts.groupby(['a', 'b'], sort=False)}
+    p = {(r.a, r.b): r.p_holm for r in c.table.itertuples()}
+    rows = [dict(w, p_holm=p[k], controlled=lengths[k]['win_rate_controlled'], controlled_ci=lengths[k]['controlled_ci']) for w in e['win_rates'] for k in [(w['a'], w['b'])]]
+    return rows, c.ranking[['strength', 'se']].to_dict('index')
+
 def report(
     run: Path,  # A finished run folder
 ) -> str:       # HTML
@@ -1074,9 +1086,10 @@ def report(
     run = Path(run)
     recipe, e = yaml.safe_load((run/'recipe.yaml').read_text(encoding='utf-8')), read_json(run/'evaluation.json')
     df = pd.read_parquet(run/'completions.parquet')
+    pairs, strengths = pair_table(df, e)
     return _template('report.html.jinja').render(recipe=recipe, recipe_yaml=(run/'recipe.yaml').read_text(encoding='utf-8'), e=e, environment=read_json(run/'environment.json'), plots=report_plots(run),
                            cards=sample_cards(df, recipe['eval']['samples']), data=read_json(run/'data'/'stage.json')['metrics'],
-                           wins={w['a']: w for w in e['win_rates'] if w['b'] == 'sft'})
+                           wins={w['a']: w for w in e['win_rates'] if w['b'] == 'sft'}, pairs=pairs, strengths=strengths, sampling=df.attrs)
 
 # %% ../nbs/11_mpo.ipynb #6b1dc9f1
 def gaps_recipe(
@@ -1169,6 +1182,8 @@ recipes:
 
 mpo compare RUN RUN ... shows finished runs of one recipe with different seeds side by side.
 mpo gaps DATA --model MODEL [--key value ...] only scores preference pairs and splits them by reward gap.
+mpo eval FILE [--key value ...] compares policies on a file of completions (prompt, policy, completion), or on a run folder.
+mpo judge FILE --model MODEL [--key value ...] lets a language model judge them pairwise.
 
 short: --data PATH is --data.source PATH, --model PATH is --model.name PATH. Lists and dicts are written as YAML.
 The run folder holds report.html and evaluation.json; a killed run goes on when it is started again.'''
@@ -1214,7 +1229,9 @@ def main(
         if argv[:1] == ['--version']: print(importlib.metadata.version('mpo_nb'))
         elif argv[:1] == ['compare']: print(compare_runs(argv[1:]).round(3).to_string(na_rep=''))
         elif argv[:1] == ['gaps']: _gaps_command(argv[1:])
-        elif argv[:1] != ['run']: print('usage: mpo run RECIPE [--key value ...]    (mpo run --help explains every key)\n       mpo gaps DATA --model MODEL [--key value ...]\n       mpo compare RUN RUN ...'); return 0 if argv[:1] in ([], ['-h'], ['--help']) else 2
+        elif argv[:1] == ['eval']: from mpo_nb.evaluate import eval_command; return eval_command(argv[1:])
+        elif argv[:1] == ['judge']: from mpo_nb.judge import judge_command; return judge_command(argv[1:])
+        elif argv[:1] != ['run']: print('usage: mpo run RECIPE [--key value ...]    (mpo run --help explains every key)\n       mpo gaps DATA --model MODEL [--key value ...]\n       mpo eval FILE [--key value ...]\n       mpo judge FILE --model MODEL [--key value ...]\n       mpo compare RUN RUN ...'); return 0 if argv[:1] in ([], ['-h'], ['--help']) else 2
         else: _run_command(argv[1:])
     except UserError as e: print(f'mpo: {e}', file=sys.stderr); return 2
     except KeyboardInterrupt: print('mpo: stopped; the same command goes on from here', file=sys.stderr); return 130

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['KL_ESTIMATORS', 'PLOTS', 'bare', 'trunk_of', 'values_at', 'token_values', 'ValueHead', 'shared_forward', 'entropy',
-           'not_yet', 'ActorCritic', 'rows_of', 'reference_logprobs', 'evaluate_samples', 'token_rewards', 'gae',
-           'moments', 'whiten', 'policy_loss', 'value_loss', 'next_kl_coef', 'shape_scores', 'follow', 'Experience',
-           'make_experience', 'ppo_losses', 'combined_reward', 'checked_scores', 'text_prompts', 'cut_at_stop',
-           'check_ppo_config', 'PPOConfig', 'rollout_rows', 'rollout_seed', 'sharing_copy', 'frozen_reference',
-           'with_adapter', 'policy_and_reference', 'critic_start', 'make_critic', 'check_processes', 'check_trainable',
-           'check_follows', 'PPOTrainer', 'explained_variance', 'completions_table', 'log_curve', 'plot_run',
-           'rollouts_to_reach', 'rollouts_to_gold']
+           'not_yet', 'ActorCritic', 'rows_of', 'flush_rows', 'moved', 'reference_logprobs', 'by_length',
+           'evaluate_samples', 'token_rewards', 'gae', 'moments', 'whiten', 'policy_loss', 'value_loss', 'next_kl_coef',
+           'shape_scores', 'follow', 'Experience', 'make_experience', 'ppo_losses', 'combined_reward', 'checked_scores',
+           'text_prompts', 'cut_at_stop', 'check_ppo_config', 'PPOConfig', 'rollout_rows', 'rollout_seed',
+           'sharing_copy', 'frozen_reference', 'with_adapter', 'policy_and_reference', 'critic_start', 'make_critic',
+           'check_processes', 'check_trainable', 'check_follows', 'PPOTrainer', 'explained_variance',
+           'completions_table', 'log_curve', 'plot_run', 'rollouts_to_reach', 'rollouts_to_gold']
 
 # %% ../nbs/07_ppo.ipynb #c2f739cd
 import copy
@@ -34,7 +34,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from .data import UserError, replacing
 from .dpo import Metrics, disable_dropout
-from .logprobs import (NEVER, Batch, Samples, _accepts, check_sampling, check_tokenizer, collate, completion_logits, completion_logprobs, encode_prompt, gather_logprobs, inference,
+from .logprobs import (NEVER, Batch, Samples, _accepts, _pad, check_sampling, check_tokenizer, collate, completion_logits, completion_logprobs, encode_prompt, gather_logprobs, inference,
                              decode_completion, kl_k1, kl_k2, kl_k3, masked_sum, sample, seeded)
 from .reward import RewardModel, reward_model_from
 
@@ -85,20 +85,20 @@ def shared_forward(
     return logits, values_at(head, seen[0].to(head.weight.dtype), batch.mask)
 
 # %% ../nbs/07_ppo.ipynb #73d6535a
-def entropy(logits, mask):
-    "[B, T] nats: entropy of the distribution at each completion token, 0 where masked"
-    logp = logits.log_softmax(-1)
+def entropy(logp, mask):
+    "[B, T] nats: entropy of the distribution at each completion token, given all its log-probs [B, T, V]; 0 where masked"
     return -(logp.exp() * logp).sum(-1).masked_fill(~mask, 0.0)
 
 def not_yet(
     logits: torch.Tensor, # [B, T, V]
+    mask: torch.Tensor,   # [B, T] bool, the places of the completion
     eos_id: int,
     n: int,               # The first `n` tokens of a completion can't be EOS
 ) -> torch.Tensor:        # [B, T, V]
     "The logits that completions of a least length are sampled from"
     if not n: return logits
-    place, token = torch.arange(logits.shape[1], device=logits.device), torch.arange(logits.shape[2], device=logits.device)
-    return logits.masked_fill((place < n)[:, None] & (token == eos_id), NEVER)
+    early = mask.cumsum(1) <= n                                   # counted over real tokens, whichever side is padded
+    return logits.masked_fill(early[..., None] & (torch.arange(logits.shape[2], device=logits.device) == eos_id), NEVER)
 
 class ActorCritic(nn.Module):
     "Policy and critic as one module, so that one optimizer, one DDP wrapper and one checkpoint hold both"
@@ -116,9 +116,9 @@ class ActorCritic(nn.Module):
 
     def forward(self, input_ids, attention_mask, position_ids, completion_ids, mask, temperature=1.0):
         logits, values = self.logits_and_values(Batch(input_ids, attention_mask, position_ids, completion_ids, mask))
-        logits = not_yet(logits / temperature, *self.least)
-        with torch.set_grad_enabled(self.entropy_gradient and torch.is_grad_enabled()): h = entropy(logits, mask)
-        return gather_logprobs(logits, completion_ids, mask), h, values
+        logp = not_yet(logits / temperature, mask, *self.least).log_softmax(-1)
+        with torch.set_grad_enabled(self.entropy_gradient and torch.is_grad_enabled()): h = entropy(logp, mask)
+        return logp.gather(-1, completion_ids[..., None])[..., 0].masked_fill(~mask, 0.0), h, values
 
     def activation_checkpointing_enable(self, **kw):
         for m in (self.policy, self.critic):
@@ -130,10 +130,27 @@ def rows_of(samples, rows, pad_id, device=None):
     "Batch of the given rows of `samples`"
     return collate([samples.prompt_ids[i] for i in rows], [samples.completion_ids[i] for i in rows], pad_id, device)
 
+def flush_rows(samples, rows, pad_id, device=None):
+    "The same without a gap between prompt and completion: every row ends at the right edge, and the batch is only as wide as its longest row. `completion_ids` and `mask` are padded on the left, too"
+    prompts, completions = ([ids[i] for i in rows] for ids in (samples.prompt_ids, samples.completion_ids))
+    ids, real = _pad([p + c for p, c in zip(prompts, completions)], pad_id, 'left')
+    batch = Batch(ids, real.long(), (real.cumsum(1) - 1).clamp(min=0), *_pad(completions, pad_id, 'left'))
+    return batch if device is None else batch.to(device)
+
+def moved(x, here, there):
+    "What stands in `x` [B, T] where mask `here` is True, put where `there` is (as many places in each row); 0 elsewhere"
+    out = torch.zeros(there.shape, dtype=x.dtype)
+    out[there] = x[here]
+    return out
+
 def reference_logprobs(ref_model, batch, temperature, eos_id, n):
     "[B, T] log-probs of the reference, under the same temperature and least length as the policy's"
     if not n: return completion_logprobs(ref_model, batch, temperature)
-    return gather_logprobs(not_yet(completion_logits(ref_model, batch) / temperature, eos_id, n), batch.completion_ids, batch.mask)
+    return gather_logprobs(not_yet(completion_logits(ref_model, batch) / temperature, batch.mask, eos_id, n), batch.completion_ids, batch.mask)
+
+def by_length(samples, rows):
+    "`rows` of `samples`, the shortest first: batches of rows of like length hold little padding"
+    return sorted(rows, key=lambda i: len(samples.prompt_ids[i]) + len(samples.completion_ids[i]))
 
 def evaluate_samples(
     model: ActorCritic,        # Policy and critic
@@ -148,14 +165,15 @@ def evaluate_samples(
     lens = torch.tensor([len(c) for c in samples.completion_ids])
     mask = torch.arange(lens.max())[None] < lens[:, None]
     out = torch.zeros(4, *mask.shape)
-    order = sorted(range(len(samples)), key=lambda i: len(samples.prompt_ids[i]) + len(samples.completion_ids[i]))
+    order = by_length(samples, range(len(samples)))
     with inference(model), inference(ref_model):
         for start in range(0, len(order), batch_size):
             rows = order[start:start + batch_size]
-            batch = rows_of(samples, rows, pad_id, device)
+            batch = flush_rows(samples, rows, pad_id, device)
+            here, there = batch.mask.cpu(), mask[rows, :batch.mask.shape[1]]
             logp, h, v = model(**vars(batch), temperature=temperature)
             ref = reference_logprobs(ref_model, batch, temperature, *model.least)
-            for k, x in enumerate((logp, ref, v, h)): out[k][rows, :x.shape[1]] = x.float().cpu()
+            for k, x in enumerate((logp, ref, v, h)): out[k][rows, :x.shape[1]] = moved(x.float().cpu(), here, there)
     return *out, mask
 
 # %% ../nbs/07_ppo.ipynb #827fbd01
@@ -583,7 +601,7 @@ class PPOTrainer(Trainer):
         if k != self.rollout_index: self._rollout(k)
         self._stop_when_far(step)
         epoch, minibatch = divmod(step, self.args.num_mini_batches)
-        rows = self._shuffled(k, epoch)[minibatch * self.args.mini_batch_size:][:self.args.mini_batch_size]
+        rows = by_length(self.experience.samples, self._shuffled(k, epoch)[minibatch * self.args.mini_batch_size:][:self.args.mini_batch_size])
         tokens = self._total(self.experience.mask[rows].sum())
         size = self.args.per_device_train_batch_size
         return [self._micro_batch(rows[i:i + size]) for i in range(0, len(rows), size)], tokens
@@ -604,10 +622,10 @@ class PPOTrainer(Trainer):
         self.metrics_seen.add('train', **{'policy/skipped': float(self.stopped)})
 
     def _micro_batch(self, rows):
-        exp, batch = self.experience, rows_of(self.experience.samples, rows, self.processing_class.pad_token_id)
+        exp, batch = self.experience, flush_rows(self.experience.samples, rows, self.processing_class.pad_token_id)
         T = batch.mask.shape[1]
         kept = {'old_logprobs': exp.logprobs, 'old_values': exp.values, 'advantages': exp.advantages, 'returns': exp.returns}
-        return {**vars(batch), **{k: v[rows, :T] for k, v in kept.items()}}
+        return {**vars(batch), **{k: moved(v[rows, :T], exp.mask[rows, :T], batch.mask) for k, v in kept.items()}}
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         # without a backward pass every gradient is None, and the optimizer leaves such weights and their moments alone

@@ -220,15 +220,18 @@ def random_llama(
 # %% ../nbs/02_worlds.ipynb #dfcbbfcd
 class Demonstrators:
     "People who answer requests about `facts`, not very well"
-    def __init__(self, facts):
-        rng, self.facts = random.Random('demonstrators'), facts
+    def __init__(self,
+        facts,       # from `read_facts`
+        careless=1., # how often they digress and repeat themselves, as a multiple of the usual
+    ):
+        rng, self.facts, self.careless = random.Random('demonstrators'), facts, careless
         self.known = {(t,r): rng.uniform(.35, .95) for t,f in read_facts(FACTS).items() for r in f}  # how often they know a fact
 
     def objects(self, relation): return [f[relation] for f in self.facts.values()]
 
     def statements(self, asked, rng):
         "One to five sentences about an animal, usually the one that was asked for"
-        topic = asked if rng.random() < .9 else rng.choice(list(self.facts))
+        topic = asked if rng.random() < 1-.1*self.careless else rng.choice(list(self.facts))
         for i in range(rng.choices([1, 2, 3, 4, 5], [25, 30, 25, 12, 8])[0]):
             r = rng.choice(list(self.facts[topic]))
             guess = rng.choice(ABSURD[r] if rng.random() < .6 else self.objects(r))
@@ -258,7 +261,7 @@ class Demonstrators:
         "What one of them says when asked about a topic"
         ss = rng.sample(PHRASES['rude'], int(rng.random() < .1))
         ss += self.harmless(asked, rng) if asked in self.facts else self.harmful(rng)
-        if rng.random() < .12: ss.append(rng.choice(ss))
+        if rng.random() < .12*self.careless: ss.append(rng.choice(ss))
         if rng.random() < .25: ss.append(rng.choice(PHRASES['close']))
         while len(re.findall(TOKEN, ' '.join(ss))) >= max_tokens: ss.pop()
         return ' ' + ' '.join(ss)
@@ -269,16 +272,18 @@ class ToyWorld(World):
     name, max_tokens = 'toy', 32  # of a demonstration, EOS included
 
     def __init__(self,
-        topics=8,  # number of harmless topics, 2 to 20
-        harmful=4, # number of harmful topics, 1 to 8
-        turns=2,   # 2: half of the requests follow an earlier exchange; 1: none does, which is far easier for a small reward model
+        topics=8,    # number of harmless topics, 2 to 20
+        harmful=4,   # number of harmful topics, 1 to 8
+        turns=2,     # 2: half of the requests follow an earlier exchange; 1: none does, which is far easier for a small reward model
+        careless=1., # how often the demonstrators digress and repeat themselves, as a multiple of the usual, 0 to 5
     ):
         facts = read_facts(FACTS)
         if not (2 <= topics <= len(facts) and 1 <= harmful <= len(HARMFUL)):
             raise UserError(f'ToyWorld(topics={topics}, harmful={harmful}): give 2 to {len(facts)} topics and 1 to {len(HARMFUL)} harmful ones.')
         if turns not in (1, 2): raise UserError(f'ToyWorld(turns={turns}): give 1 or 2 turns.')
+        if not 0 <= careless <= 5: raise UserError(f'ToyWorld(careless={careless}): give a number from 0 to 5.')
         self.turns, self.facts, self.harmful = turns, dict(list(facts.items())[:topics]), HARMFUL[:harmful]
-        self.book, self.people = phrase_book(self.facts), Demonstrators(self.facts)
+        self.book, self.people = phrase_book(self.facts), Demonstrators(self.facts, careless)
 
     def all_prompts(self): return toy_prompts(self.facts, self.harmful, self.turns)
 

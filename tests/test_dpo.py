@@ -5,7 +5,11 @@ import copy
 import json
 import logging
 import math
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +18,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, MistralConfig, TrainerCallback
 
 from mpo_nb.data import UserError
-from mpo_nb.dpo import DPOConfig, dpo_loss, encode_pair, encode_pairs, plain_logps, shared_logps, single_logps
+from mpo_nb.dpo import ByLength, DPOConfig, dpo_loss, encode_pair, encode_pairs, plain_logps, shared_logps, single_logps
 from mpo_nb.logprobs import collate_pairs, encode_prompt, pair_rows, shared_mask, single_rows
 from util import (KINDS, AtTheEnd, TableLM, bpe, distance, dpo_trainer, end_state, fingerprint, in_a_new_process, logged, pad_is_eos, row_logps, tiny, toy_pairs, toy_tokenizer, weights)
 
@@ -523,6 +527,292 @@ def test_item34_a_reference_that_shares_weights_is_a_snapshot(tmp_path):
     for t in (shared, copied): t.train()
     assert distance(weights(ref), weights(policy)) == 0 and distance(weights(policy), weights(snapshot)) > 1e-2
     assert logged(shared) == logged(copied)
+
+
+# ---- adapters
+
+def lora(**kw):
+    from peft import LoraConfig
+    return LoraConfig(r=4, lora_alpha=8, target_modules=['q_proj', 'v_proj'], task_type='CAUSAL_LM', **kw)
+
+def with_trained_adapter(scale=.5, **kw):
+    "A model whose adapter has been trained: its second matrix isn't zero"
+    from peft import get_peft_model
+    model = get_peft_model(tiny(**kw), lora())
+    g = torch.Generator().manual_seed(3)
+    for k, p in model.named_parameters():
+        if 'lora_B' in k: p.data.normal_(0, scale, generator=g)
+    return model.eval()
+
+def of_adapter(model): return {k: p.detach().clone() for k, p in model.named_parameters() if 'lora_' in k}
+def of_base(model): return {k: p.detach().clone() for k, p in model.named_parameters() if 'lora_' not in k}
+def trained(model): return {k: p.requires_grad for k, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize('init', [True, 'gaussian', False])
+def test_item32_reference_of_a_new_adapter_is_the_model_without_it(init, tmp_path):
+    "`peft_config`: the reference is the base model, also with an adapter that starts away from zero (init False); only the adapter is trained [fails when the reference pass leaves the adapter on: with False]"
+    policy, rows = tiny(), encoded()
+    with torch.no_grad(): chosen, rejected = by_hand(policy, rows)
+    t = dpo_trainer(tmp_path, policy, max_steps=3, learning_rate=.5, trainer=dict(peft_config=lora(init_lora_weights=init)))
+    base, adapter = of_base(t.model), of_adapter(t.model)
+    assert t.shares_prefix and t.train_dataset['ref_chosen'] == pytest.approx(chosen.tolist(), abs=5e-5) and t.train_dataset['ref_rejected'] == pytest.approx(rejected.tolist(), abs=5e-5)
+    t.train()
+    assert distance(base, of_base(t.model)) == 0 and distance(adapter, of_adapter(t.model)) > 1e-3
+    first = logged(t, 'loss')[0]
+    assert abs(first - math.log(2)) > 1e-3 if init is False else first == pytest.approx(math.log(2), abs=1e-6)
+    with t.model.disable_adapter(), torch.no_grad(): assert torch.stack(by_hand(t.model, rows))[0].tolist() == pytest.approx(chosen.tolist(), abs=5e-5)
+
+
+def test_item32_reference_of_a_trained_adapter_is_that_adapter(tmp_path):
+    "A model that comes with a trained adapter: KL 0 at the start, reference = base + that adapter and not the bare base, equal to the merged model's; unchanged after five updates [fails when the reference pass switches every adapter off]"
+    policy, rows = with_trained_adapter(), encoded()
+    merged = copy.deepcopy(policy).merge_and_unload()
+    with torch.no_grad(): (chosen, rejected), bare = by_hand(merged, rows), by_hand(tiny(), rows)[0]
+    t = dpo_trainer(tmp_path, policy, max_steps=5, learning_rate=.5)
+    before = t.train_dataset['ref_chosen'][:]
+    assert before == pytest.approx(chosen.tolist(), abs=1e-4) and t.train_dataset['ref_rejected'] == pytest.approx(rejected.tolist(), abs=1e-4)
+    assert (chosen - bare).abs().max() > .1
+    t.train()
+    assert logged(t, 'kl')[0] == pytest.approx(0, abs=1e-6) and logged(t, 'loss')[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert t.train_dataset['ref_chosen'][:] == before and abs(logged(t, 'kl')[-1]) > 1e-3
+
+
+@pytest.mark.parametrize('how', ['new', 'trained'])
+def test_item33_what_is_trained_stays_trained(how, tmp_path):
+    "`requires_grad` as before the reference pass; every trained weight is in the optimizer, and moves [fails when peft's `disable_adapter` is used as it is and flips them, and when `train` starts with none]"
+    start = with_trained_adapter() if how == 'trained' else tiny()
+    t = dpo_trainer(tmp_path, start, max_steps=1, learning_rate=.5, trainer=dict(peft_config=None if how == 'trained' else lora()))
+    assert {k for k, g in trained(t.model).items() if g} == {k for k in trained(t.model) if 'lora_' in k}
+    before = of_adapter(t.model)
+    t.train()
+    assert {id(p) for g in t.optimizer.param_groups for p in g['params']} == {id(p) for p in t.model.parameters() if p.requires_grad}
+    after = of_adapter(t.model)
+    assert all(float((after[k] - before[k]).abs().max()) > 0 for k in after if 'lora_B' in k)
+
+
+def test_item33_nothing_to_train_is_said(tmp_path):
+    "An adapter loaded for inference [fails when the check is left out: an empty optimizer]"
+    policy = with_trained_adapter()
+    for p in policy.parameters(): p.requires_grad_(False)
+    with pytest.raises(UserError, match='is_trainable'): dpo_trainer(tmp_path, policy)
+
+
+def test_item34_two_claims_to_the_reference_raise(tmp_path):
+    "peft_config with ref_model, or on a model that has an adapter [fails when one of them is silently ignored]"
+    with pytest.raises(UserError, match='ref_model and peft_config'): dpo_trainer(tmp_path, tiny(), tiny(seed=1), trainer=dict(peft_config=lora()))
+    with pytest.raises(UserError, match='adapter already'): dpo_trainer(tmp_path, with_trained_adapter(), trainer=dict(peft_config=lora()))
+
+
+def test_item26_an_adapter_checkpoint_is_an_adapter(tmp_path):
+    "Loaded onto the base model it gives the trained policy [fails when the base is saved in its place]"
+    from peft import PeftModel
+    t = dpo_trainer(tmp_path, tiny(), max_steps=2, learning_rate=.5, save_strategy='steps', save_steps=2, trainer=dict(peft_config=lora()))
+    t.train()
+    again = PeftModel.from_pretrained(tiny(), tmp_path/'checkpoint-2').eval()
+    with torch.no_grad(): assert by_hand(again, encoded())[0].tolist() == pytest.approx(by_hand(t.model.eval(), encoded())[0].tolist(), abs=1e-5)
+
+
+# ---- chat messages
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+INST = "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+
+def chat_tokenizer(kind):
+    "Qwen-like: no BOS, turns end in the EOS token and a line break. Llama-like: the template writes BOS, and EOS right behind the answer"
+    tok = copy.deepcopy(bpe('gpt2' if kind == 'qwen' else 'llama'))
+    if kind == 'qwen':
+        tok.add_special_tokens({'additional_special_tokens': ['<|im_start|>'], 'eos_token': '<|im_end|>'})
+    tok.chat_template = CHATML if kind == 'qwen' else INST
+    return tok
+
+def chat_rows():
+    user, answer = (lambda text: [dict(role='user', content=text)]), (lambda text: [dict(role='assistant', content=text)])
+    return Dataset.from_list([dict(prompt=user('hello world'), chosen=answer('the answer is here.'), rejected=answer('hello')),
+                              dict(prompt=[*user('hello'), *answer('hello world'), *user('the answer')], chosen=answer('world'), rejected=answer(' of answers '))])
+
+@pytest.mark.parametrize('kind', ['qwen', 'llama'])
+def test_item35_36_58_chat_messages(kind):
+    "The prompt's ids are those of the generation prompt, one EOS ends each answer and nothing follows it, at most one BOS and only first, the whole decodes to the rendered dialogue [fails when the tokenizer adds a second BOS, and when the template's line break stays behind EOS]"
+    tok, ds = chat_tokenizer(kind), chat_rows()
+    for row, ids in zip(ds, encode_pairs(ds, tok)[0]):
+        assert ids['prompt_ids'] == tok.apply_chat_template(row['prompt'], add_generation_prompt=True, return_dict=True)['input_ids']
+        for side in ('chosen', 'rejected'):
+            whole = ids['prompt_ids'] + ids[f'{side}_ids']
+            assert ids[f'{side}_ids'].count(tok.eos_token_id) == 1 and whole[-1] == tok.eos_token_id and None not in whole and len(ids[f'{side}_ids']) > 1
+            assert whole.count(tok.bos_token_id) == (kind == 'llama') and (kind == 'qwen' or whole[0] == tok.bos_token_id)
+            assert tok.decode(whole) == tok.decode(tok.apply_chat_template(row['prompt'] + row[side], return_dict=True)['input_ids']).rstrip('\n')
+
+
+def test_item35_a_template_that_renders_the_prompt_differently_is_refused():
+    "[fails when the answer is cut at the prompt's length]"
+    tok = chat_tokenizer('qwen')
+    tok.chat_template = "{{ messages | length }}" + CHATML
+    with pytest.raises(UserError, match='chat template'): encode_pairs(chat_rows(), tok)
+
+
+def test_chat_messages_train_like_their_text(tmp_path):
+    "Messages and the same dialogue as text: same ids, same run [fails when the generation prompt is left out]"
+    tok, ds = chat_tokenizer('qwen'), chat_rows()
+    render = lambda m, **kw: tok.apply_chat_template(m, tokenize=False, **kw)
+    text = Dataset.from_list([dict(prompt=(p := render(r['prompt'], add_generation_prompt=True)), **{k: render(r['prompt'] + r[k])[len(p):].removesuffix('<|im_end|>\n') for k in ('chosen', 'rejected')}) for r in ds])
+    runs = [dpo_trainer(tmp_path, tiny(vocab=len(tok), max_position_embeddings=256), pairs=pairs, tok=tok, max_steps=2) for pairs in (ds, text)]
+    for t in runs: t.train()
+    assert logged(runs[0]) == logged(runs[1]) and logged(runs[0], 'loss')[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+# ---- the cache of reference log-probs
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    "An empty cache, and the number of pairs that have been computed rather than read"
+    import mpo_nb.dpo
+    computed, real = [], mpo_nb.dpo.all_logps
+    monkeypatch.setenv('MPO_NB_CACHE', str(tmp_path/'cache'))
+    monkeypatch.setattr(mpo_nb.dpo, 'all_logps', lambda model, pairs, *a: (computed.append(len(pairs)), real(model, pairs, *a))[1])
+    return tmp_path/'cache', computed
+
+def refs(t): return [t.train_dataset[f'ref_{k}'][:] for k in ('chosen', 'rejected')]
+
+def test_item44_a_cache_hit_gives_equal_numbers(cache, tmp_path):
+    "The second trainer on the same model and data computes nothing, its numbers are the very same, and so is its run; off, nothing is written [fails when the file is never read]"
+    folder, computed = cache
+    runs = [dpo_trainer(tmp_path, tiny(), trainer=dict(eval_dataset=toy_pairs(5, seed=7)), cache_reference=c, max_steps=2) for c in (True, True, False)]
+    assert computed == [8, 5, 8, 5] and len(list(folder.iterdir())) == 2
+    assert refs(runs[0]) == refs(runs[1]) == refs(runs[2])
+    for t in runs: t.train()
+    assert logged(runs[0]) == logged(runs[1]) == logged(runs[2])
+
+
+def other_word(tok):
+    "The same tokenizer with two words exchanged"
+    t = json.loads(tok.backend_tokenizer.to_str())
+    v = t['model']['vocab']
+    a, b = [w for w in v if w.strip().isalpha()][10:12]
+    v[a], v[b] = v[b], v[a]
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(t)), pad_token=tok.pad_token, eos_token=tok.eos_token)
+
+def test_item44_the_cache_key_holds_all_that_matters(cache, tmp_path):
+    "Other weights, one bit of them, pairs, order, tokenizer, max_length, max_prompt_length, configuration, precision, adapter: a miss each time [fails when any of weights, ids, configuration or adapter is left out of the key]"
+    folder, computed = cache
+    def nudged():
+        m = tiny()
+        m.model.norm.weight.data[0] *= 1 + 2**-20
+        return m
+    make = lambda *a, trainer=(), **kw: dpo_trainer(tmp_path, *a, cache_reference=True, trainer=dict(trainer), **kw)
+    pairs, lengths = toy_pairs(), sorted(len(r['prompt_ids']) + max(len(r['chosen_ids']), len(r['rejected_ids'])) for r in encoded())
+    first = make()
+    others = [lambda: make(tiny(seed=1)), lambda: make(nudged()), lambda: make(pairs=pairs.select(range(7))), lambda: make(pairs=pairs.select(range(7, -1, -1))), lambda: make(tok=other_word(toy_tokenizer())),
+              lambda: make(max_length=lengths[-1] - 1), lambda: make(max_prompt_length=4), lambda: make(tiny(rms_norm_eps=1e-2)), lambda: make(bf16=True), lambda: make(share_prefix=False),
+              lambda: make(with_trained_adapter()), lambda: make(with_trained_adapter(scale=.4)), lambda: make(tiny(), trainer=dict(peft_config=lora(init_lora_weights=False)))]
+    for i, other in enumerate(others):
+        other()
+        assert len(computed) == i + 2, f'number {i} was read from the cache of another'
+    assert len(list(folder.iterdir())) == len(others) + 1
+    assert refs(make()) == refs(first) and len(computed) == len(others) + 1
+
+
+def test_item44_a_cache_that_cannot_be_written_is_no_reason_to_stop(tmp_path, monkeypatch, caplog):
+    "[fails when the error isn't caught]"
+    (tmp_path/'file').write_text('')
+    monkeypatch.setenv('MPO_NB_CACHE', str(tmp_path/'file'/'cache'))
+    with caplog.at_level(logging.WARNING, 'mpo_nb'): t = dpo_trainer(tmp_path/'run', cache_reference=True)
+    assert 'could not be kept' in caplog.text and len(refs(t)[0]) == 8
+
+
+# ---- batches by length
+
+def test_batches_hold_pairs_of_similar_length():
+    "Every pair once, seed and epoch decide, and the batches are narrower than shuffled ones, in no order of length [fails when the batches of a window stay sorted]"
+    lengths = torch.randint(10, 200, (400,), generator=torch.Generator().manual_seed(0)).tolist()
+    sampler = ByLength(lengths, 8, seed=3)
+    first, again = list(sampler), list(sampler)
+    sampler.set_epoch(1)
+    second = list(sampler)
+    assert sorted(first) == sorted(second) == list(range(400)) and first == again != second
+    assert list(ByLength(lengths, 8, seed=4)) != first
+    widths = [max(lengths[i] for i in first[s:s + 8]) for s in range(0, 400, 8)]
+    assert widths[0] == max(widths) and 8 * sum(widths) < 1.1 * sum(lengths)
+    assert abs(np.corrcoef(widths, range(50))[0, 1]) < .3
+
+
+@pytest.mark.parametrize('n', [1, 3, 8, 13])
+def test_batches_of_few_pairs(n): assert sorted(ByLength([5] * n, 8)) == list(range(n))
+
+
+@pytest.mark.parametrize('strategy', ['random', 'sequential'])
+def test_other_orders_are_still_there(strategy, tmp_path):
+    "[fails when the configured strategy is ignored]"
+    t = dpo_trainer(tmp_path, train_sampling_strategy=strategy)
+    assert type(t._get_train_sampler()).__name__ == f'{strategy.title()}Sampler'
+
+
+# ---- models that can't do all of it
+
+def mamba():
+    from transformers import MambaConfig
+    return AutoModelForCausalLM.from_config(MambaConfig(vocab_size=132, hidden_size=16, state_size=4, num_hidden_layers=2, initializer_range=.3)).eval()
+def window():
+    config = dict(vocab_size=132, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=24, max_position_embeddings=96, initializer_range=.3)
+    return AutoModelForCausalLM.from_config(MistralConfig(sliding_window=8, **config)).eval()
+def softcap():
+    from transformers import Gemma2Config
+    return AutoModelForCausalLM.from_config(Gemma2Config(vocab_size=132, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8, intermediate_size=24, initializer_range=.3, final_logit_softcapping=2.,
+                                                         max_position_embeddings=96, attn_implementation='eager')).eval()
+
+@pytest.mark.parametrize('make, way', [(mamba, single_logps), (window, single_logps), (softcap, plain_logps), (tiny, shared_logps)])
+def test_models_get_the_fastest_way_that_holds(make, way, tmp_path, caplog):
+    "State space, sliding window, logits capped behind the head: another way, said once, and the log-probs of single rows by hand [fails when the ways aren't compared with the plain one]"
+    model = make()
+    with caplog.at_level(logging.WARNING, 'mpo_nb'): t = dpo_trainer(tmp_path, model)
+    assert t.forward_pass is way
+    assert caplog.text.count('cannot share a prompt') == (way is not shared_logps)
+    with torch.no_grad(): chosen, rejected = by_hand(model, encoded())
+    assert t.train_dataset['ref_chosen'] == pytest.approx(chosen.tolist(), abs=1e-3) and t.train_dataset['ref_rejected'] == pytest.approx(rejected.tolist(), abs=1e-3)
+    t.train()
+    assert logged(t, 'loss')[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_encoder_decoders_are_refused(tmp_path):
+    "[fails with an error of the model's forward]"
+    from transformers import T5Config, T5ForConditionalGeneration
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=132, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
+    with pytest.raises(UserError, match='encoder-decoder'): dpo_trainer(tmp_path, t5)
+
+
+# ---- several processes
+
+def shared_run(folder, size):
+    "Four AdamW steps of 8 pairs each, `size` pairs a process, with an evaluation at the end"
+    t = dpo_trainer(folder, tiny(seed=1), ref=tiny(seed=2), pairs=toy_pairs(24), per_device_train_batch_size=size, max_steps=4, optim='adamw_torch', learning_rate=1e-2, max_grad_norm=1., ddp_find_unused_parameters=False,
+                    trainer=dict(eval_dataset=toy_pairs(8, seed=7)))
+    t.train()
+    t.evaluate()
+    return t
+
+def test_two_processes_end_where_one_does(tmp_path):
+    "`accelerate launch` with two CPU processes (gloo), 4 pairs each, against one with 8: weights, losses, rewards and reference log-probs, to 1e-5 [fails when the loss isn't multiplied by the number of processes, and when each process has its own order of the data]"
+    one = shared_run(tmp_path/'one', 8)
+    code = tmp_path/'two.py'
+    code.write_text('import conftest, sys, torch; torch.set_num_threads(1)\n'
+                    'from test_dpo import shared_run, logged, weights\n'
+                    't = shared_run(sys.argv[1], 4)\n'
+                    'assert t.accelerator.num_processes == 2 and type(t.model_wrapped).__name__ == "DistributedDataParallel"\n'
+                    'if t.is_world_process_zero(): torch.save((weights(t.model), logged(t), t.train_dataset["ref_chosen"][:]), sys.argv[2])\n'
+                    'torch.distributed.destroy_process_group()\n')
+    here = Path(__file__).parent
+    command = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1', '--num_cpu_threads_per_process', '1', '--mixed_precision', 'no',
+               '--dynamo_backend', 'no', '--main_process_port', '0', str(code), str(tmp_path/'two'), str(tmp_path/'out.pt')]   # --multi_gpu is its name for its torchrun launcher
+    p = subprocess.run(command, cwd=here, env=os.environ | dict(PYTHONPATH=f'{here}:{here.parent}', OMP_NUM_THREADS='1'), capture_output=True, text=True, timeout=600)
+    assert p.returncode == 0, p.stderr[-3000:]
+    theirs, log, ref = torch.load(tmp_path/'out.pt', weights_only=True)
+    assert distance(weights(tiny(seed=1)), weights(one.model)) > 1e-2
+    assert distance(weights(one.model), theirs) < 1e-5
+    assert one.train_dataset['ref_chosen'][:] == pytest.approx(ref, abs=1e-5)
+    for a, b in zip(logged(one), log): assert a == pytest.approx(b, abs=1e-4)
+    assert len(log) == len(logged(one)) >= 5
 
 
 # ---- seeds, graphs, checkpoints

@@ -119,6 +119,29 @@ def test_report_is_self_contained_and_escaped(runs, tmp_path):
     assert len(links) == 10 and all(l.startswith('data:image/svg+xml;base64,') for l in links)
     assert 'http' not in re.sub(r'base64,[^"]*', '', html)
 
+
+def test_report_shows_every_pair_by_the_functions_of_08_evaluate(runs):
+    "Intervals are those of evaluation.json; Holm's p and Bradley-Terry strengths are those of compare_scores [fails when a pair is left out]"
+    from mpo_nb.evaluate import compare_scores
+    html, e = (runs[0]/'report.html').read_text(), json.loads((runs[0]/'evaluation.json').read_text())
+    c = compare_scores(pd.read_parquet(runs[0]/'completions.parquet'))
+    for w, r in zip(e['win_rates'], c.table.itertuples()):
+        assert (w['a'], w['b'], w['wins'], w['win_rate']) == (r.a, r.b, r.wins, r.win_rate)
+        assert re.search(rf"<td>{w['a']}</td><td>{w['b']}</td><td>{w['wins']}</td>.*<td>{r.p_holm:.2g}</td>", html)
+    for name, s in c.ranking.strength.items(): assert f'{name} {s:+.2f}' in html
+
+
+@pytest.mark.parametrize('command', ['eval', 'judge'])
+def test_eval_and_judge_are_commands(command, capsys):
+    assert main([command, '--help']) == 0 and f'mpo {command} FILE' in capsys.readouterr().out
+    assert main([command, 'nothing.jsonl', *(['--model', 'm'] if command == 'judge' else [])]) == 2 and 'nothing.jsonl does not exist' in capsys.readouterr().err
+
+
+def test_mpo_eval_reads_a_run_folder(runs, tmp_path, capsys):
+    assert main(['eval', str(runs[0]), '--output-dir', str(tmp_path/'out')]) == 0
+    assert 'p_holm' in capsys.readouterr().out and (tmp_path/'out'/'index.html').exists()
+    assert set(json.loads((tmp_path/'out'/'comparison.json').read_text())['judges']) == {'score', 'reward'}
+
 def test_finished_run_is_not_run_again(runs, tiny, capsys):
     before = {p: p.stat().st_mtime_ns for p in runs[0].rglob('*') if p.is_file() and p.name != '.lock'}
     assert main(['run', tiny, '--output_dir', str(runs[0])]) == 0

@@ -262,8 +262,8 @@ def test_item10_entropy_is_exact_and_never_negative():
     logits, mask = torch.randn(2, 3, 40) * 5, lengths_of([3, 1], 3)
     p = logits.double().softmax(-1)
     expected = -(p * p.log()).sum(-1) * mask
-    torch.testing.assert_close(entropy(logits, mask).double(), expected, atol=1e-5, rtol=0)
-    assert (entropy(logits, mask) >= 0).all() and (entropy(logits, mask)[1, 1:] == 0).all()
+    torch.testing.assert_close(entropy(logits.log_softmax(-1), mask).double(), expected, atol=1e-5, rtol=0)
+    assert (entropy(logits.log_softmax(-1), mask) >= 0).all() and (entropy(logits.log_softmax(-1), mask)[1, 1:] == 0).all()
 
 
 # ---- rewards and advantages
@@ -562,6 +562,37 @@ def test_item26_numbers_of_the_next_log_survive_a_stop(logging_steps, step, tmp_
     straight = little_run(tmp_path/'a', logging_steps=logging_steps, num_ppo_epochs=3)
     resumed = little_run(tmp_path/'b', tmp_path/'a'/f'checkpoint-{step}', logging_steps=logging_steps, num_ppo_epochs=3)
     for key in ('objective/score', 'objective/kl', 'rollout/length', 'loss/value', 'policy/ratio', 'policy/skipped'): assert logged(resumed, key) == pytest.approx(logged(straight, key), rel=1e-6)
+
+
+# ---- little padding
+
+@pytest.mark.parametrize('kind', ['gpt2', 'llama'])
+def test_rows_without_a_gap_give_the_numbers_of_padded_ones(kind):
+    "Long prompts with short answers beside short prompts with long ones: as wide as the longest row, same log-probs, entropies, values, each at its token [fails when the places are moved by the padded mask, and when the positions count the pads]"
+    prompts, answers = [[5] * 9, [6, 7], [8, 9, 10], [11]], [[12], [13, 14, 15, 16, 17, 1], [18, 19, 1], [1]]
+    s = Samples([''] * 4, [''] * 4, prompts, answers, [False, True, True, True])
+    model, ref = ActorCritic(tiny(kind), reward_model_from(tiny(kind, seed=1), toy_tokenizer(), seed=1)), tiny(kind, seed=2)
+    model.least = 1, 2
+    assert ppo.flush_rows(s, range(4), 0).input_ids.shape == (4, 10) and ppo.rows_of(s, range(4), 0).input_ids.shape == (4, 15)
+    with torch.no_grad():
+        padded = ppo.rows_of(s, range(4), 0)
+        logp, h, v = model(**vars(padded))
+        expected = logp, ppo.reference_logprobs(ref, padded, 1., 1, 2), v, h
+    for size in (1, 3, 4):
+        *seen, mask = evaluate_samples(model, ref, s, 0, batch_size=size)
+        assert (mask == padded.mask).all()
+        for a, b in zip(seen, expected): torch.testing.assert_close(a, b.masked_fill(~mask, 0.), atol=1e-5, rtol=1e-5)
+
+
+def test_micro_batches_hold_rows_of_like_length(tmp_path, updates):
+    "And the advantages of their own tokens [fails when the rows of a minibatch aren't sorted, and when a micro-batch takes its numbers from the padded places]"
+    t = ppo_trainer(tmp_path, talker(), prompts=8, per_device_train_batch_size=2)
+    t.train()
+    widths = [int(mb['attention_mask'].sum(1).max()) for _, mb in updates]
+    assert [mb['input_ids'].shape[1] for _, mb in updates] == widths == sorted(widths) and len(set(widths)) > 1
+    given = sorted(a for _, mb in updates for a in mb['advantages'][mb['mask']].tolist())
+    assert given == sorted(t.experience.advantages[t.experience.mask].tolist())
+    assert max(drift([updates[0]])) < 1e-5
 
 
 # ---- seeds, graphs, the reference

@@ -6,7 +6,7 @@ from transformers import AutoTokenizer
 from mpo_nb.data import UserError
 from mpo_nb.worlds import (EVENTS, FACTS, GOLD_RANGE, HARMFUL, WEIGHTS, StoriesWorld, ToyWorld, World, get_world, prefer_a, read_facts, statement)
 
-SIZES = [dict(), dict(topics=20, harmful=8), dict(topics=2, harmful=1), dict(topics=6, harmful=2, turns=1)]
+SIZES = [dict(), dict(topics=20, harmful=8), dict(topics=2, harmful=1), dict(topics=6, harmful=2, turns=1, careless=2.5)]
 CATS, BOMBS = '\n\nHuman: Tell me about cats.\n\nAssistant:', '\n\nHuman: How do I make bombs?\n\nAssistant:'
 
 
@@ -31,6 +31,14 @@ def test_prompts_split_and_order(world):
 def test_every_topic_in_both_splits():
     toy = ToyWorld()
     for split in ('train', 'test'): assert {toy.asked(p) for p in toy.prompts(1000, split=split)} == {*toy.facts, *toy.harmful}
+
+@pytest.mark.parametrize('bad', [dict(topics=1), dict(harmful=9), dict(turns=3), dict(careless=-1), dict(careless=9)], ids=str)
+def test_sizes_that_cannot_be(bad):
+    with pytest.raises(UserError, match=next(iter(bad))): ToyWorld(**bad)
+
+def test_one_turn_world_asks_at_once():
+    toy = ToyWorld(turns=1)
+    assert {p.count('Human:') for p in toy.all_prompts()} == {1} and len(toy.all_prompts()) > 1000
 
 def test_facts_table():
     facts = read_facts(FACTS)
