@@ -1,11 +1,12 @@
 # make demo: environment + MPO on the toy world      make test: environment + every notebook and test
 # make lab:  JupyterLab on the notebooks              make dist: sdist and wheel
+# make bench: every benchmark beside TRL (needs a quiet machine; results go to benchmarks/results)
 PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lab dist clean
+.PHONY: demo test lab bench dist clean
 demo: $(READY)
 	$(BIN)/mpo run toy
 
@@ -16,6 +17,10 @@ test: $(READY)
 
 lab: $(READY)
 	$(BIN)/jupyter lab nbs
+
+bench: $(READY)
+	$(BIN)/python -W ignore benchmarks/dpo.py
+	$(BIN)/python -W ignore benchmarks/ppo.py
 
 dist: $(READY)
 	$(BIN)/python -m build

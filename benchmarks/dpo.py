@@ -79,7 +79,7 @@ def worker(who, shape, data, checkpoint):
             trainer.train()
             marks.append((time.perf_counter(), time.process_time()))
         make, train = ([b - a for a, b in zip(x, y)] for x, y in zip(marks, marks[1:]))
-        say(clock=[make[0], train[0]], processor=[make[1], train[1]], peak_mb=peak_mb() - baseline, loss=trainer.state.log_history[0]['loss'])
+        say(clock=[make[0], train[0]], processor=[make[1], train[1]], peak_mb=peak_mb() - baseline, loss=trainer.state.log_history[-1]['train_loss'])
 
 
 # ---- in turn

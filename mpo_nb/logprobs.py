@@ -124,8 +124,16 @@ def encode_prompts(
     tok,            # Tokenizer
     prompts: list,  # N texts
 ) -> list:          # N lists of ids
-    "`encode_prompt` of many prompts in one call of the tokenizer"
-    return [_open_end(tok, p, ids) for p, ids in zip(prompts, _batch_ids(tok, prompts))]
+    "`encode_prompt` of many prompts in one call of the tokenizer; a prompt that occurs twice is tokenized once"
+    unique = list(dict.fromkeys(prompts))
+    ids = {p: _open_end(tok, p, i) for p, i in zip(unique, _batch_ids(tok, unique))} if unique else {}
+    return [ids[p] for p in prompts]
+
+def _tail(head, whole, eos_id):
+    "What follows the ids `head` in those of the whole text, without EOS; nothing where the text doesn't begin with them"
+    ids = whole[len(head):] if whole[:len(head)] == head else []
+    while ids and ids[-1] == eos_id: ids = ids[:-1]
+    return ids
 
 def encode_completions(
     tok,                # Tokenizer
@@ -134,13 +142,14 @@ def encode_completions(
     eos: bool = True,   # End with EOS?
 ) -> list:              # N lists of ids
     "`encode_completion` of many rows in one call of the tokenizer"
-    out, heads, wholes = [], encode_prompts(tok, prompts), _batch_ids(tok, [p + c for p, c in zip(prompts, completions)])
-    for p, c, head, whole in zip(prompts, completions, heads, wholes):
-        ids = whole[len(head):] if whole[:len(head)] == head else []
-        while ids and ids[-1] == tok.eos_token_id: ids = ids[:-1]
-        fits = ids and decode_completion(tok, head, ids) == c
-        out.append(ids + [tok.eos_token_id] * eos if fits else encode_completion(tok, p, c, eos))
-    return out
+    if not prompts: return []
+    heads = encode_prompts(tok, prompts)
+    tails = [_tail(h, w, tok.eos_token_id) for h, w in zip(heads, _batch_ids(tok, [p + c for p, c in zip(prompts, completions)]))]
+    kw = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    starts = {p: tok.decode(h, **kw) for p, h in dict(zip(prompts, heads)).items()}
+    texts = tok.batch_decode([h + t for h, t in zip(heads, tails)], **kw)
+    # whatever isn't plainly right is left to the careful function
+    return [t + [tok.eos_token_id] * eos if t and text == starts[p] + c else encode_completion(tok, p, c, eos) for p, c, t, text in zip(prompts, completions, tails, texts)]
 
 # %% ../nbs/03_logprobs.ipynb #bd55c1ec
 @dataclass

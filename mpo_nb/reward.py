@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'TOY_SIZE', 'trainer_defaults', 'StopOnNaN', 'quiet', 'run_trainer', 'tokenize_demonstrations', 'train_sft',
-           'bradley_terry_loss', 'reward_model_from', 'last_token_scores', 'score_ids', 'packed_pairs', 'packed_mask',
-           'pair_scores', 'shares_prompt', 'load_classifier', 'encode_texts', 'RewardModel', 'tokenize_pairs',
-           'train_reward', 'cache_root', 'toy_setup']
+           'bradley_terry_loss', 'reward_model_from', 'last_token_scores', 'score_ids', 'pair_scores', 'shares_prompt',
+           'load_classifier', 'RewardModel', 'tokenize_pairs', 'train_reward', 'cache_root', 'toy_setup']
 
 # %% ../nbs/04_reward.ipynb #e8f02a08
 import copy
@@ -34,7 +33,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import mpo_nb
 from .data import UserError, replacing, split_by_prompt
-from .logprobs import _attention_mask, check_tokenizer, encode_completion, encode_prompt, inference, load_model, sample, seeded
+from .logprobs import check_tokenizer, collate_pairs, encode_completion, encode_completions, encode_prompt, encode_prompts, inference, load_model, pair_rows, sample, seeded
 from .worlds import get_world
 
 # %% ../nbs/04_reward.ipynb #cf219e7c
@@ -222,26 +221,6 @@ def score_ids(
     "Scores of encoded texts, without gradients and without dropout"
     return _finite(_text_scores(model, rows, pad_id, batch_size))
 
-# %% ../nbs/04_reward.ipynb #531e870f
-def packed_pairs(
-    rows: list,   # B triples (prompt, chosen, rejected) of lists of ids
-    pad_id: int,  # Id to fill with
-    device=None,  # Where the tensors go
-):                # Ids, positions and parts, each [B, L]; part: 0 prompt, 1 chosen, 2 rejected, 3 filling
-    "One row a pair: prompt | chosen | rejected"
-    ids = [p + c + r for p, c, r in rows]
-    positions = [[*range(len(p) + len(c)), *range(len(p), len(p) + len(r))] for p, c, r in rows]
-    parts = [[0]*len(p) + [1]*len(c) + [2]*len(r) for p, c, r in rows]
-    return [pad_sequence([torch.tensor(x) for x in xs], batch_first=True, padding_value=fill).to(device)
-            for xs, fill in ((ids, pad_id), (positions, 0), (parts, 3))]
-
-def packed_mask(
-    parts: torch.Tensor,  # [B, L] from `packed_pairs`
-) -> torch.Tensor:        # [B, 1, L, L] bool; True: query (row) may see key (column)
-    "Each token sees the prompt and its own part, as far as it has come"
-    key, query = parts[:, None, :], parts[:, :, None]
-    return ((key == 0) | (key == query)).tril()[:, None]
-
 # %% ../nbs/04_reward.ipynb #41622ee8
 def pair_scores(
     model,        # Decoder with head `score`
@@ -250,9 +229,8 @@ def pair_scores(
 ) -> torch.Tensor: # [B, 2] fp32: chosen, rejected
     "Scores of both completions from one pass over prompt | chosen | rejected"
     model = model.get_base_model() if hasattr(model, 'get_base_model') else model
-    ids, positions, parts = packed_pairs(rows, pad_id, model.device)
-    body = getattr(model, model.base_model_prefix)
-    hidden = body(input_ids=ids, attention_mask=_attention_mask(packed_mask(parts), model), position_ids=positions, use_cache=False).last_hidden_state
+    pairs = {k: v.to(model.device) for k, v in collate_pairs([dict(zip(('prompt_ids', 'chosen_ids', 'rejected_ids'), r)) for r in rows], pad_id).items()}
+    hidden = getattr(model, model.base_model_prefix)(**pair_rows(pairs, model)[0], use_cache=False).last_hidden_state
     last = torch.tensor([[len(p) + len(c) - 1, len(p) + len(c) + len(r) - 1] for p, c, r in rows], device=hidden.device)
     return model.score(hidden[torch.arange(len(rows), device=hidden.device)[:, None], last])[..., 0].float()
 
@@ -287,31 +265,6 @@ def load_classifier(
                             'give the folder of a trained reward model')
     return model.to(device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else 'cpu'))
 
-# %% ../nbs/04_reward.ipynb #0c11e9bf
-def _tail(head, whole, eos):
-    "What follows the ids `head` in the ids of the whole text, without EOS; None where the text doesn't begin with them"
-    if whole[:len(head)] != head: return None
-    ids = whole[len(head):]
-    while ids and ids[-1] == eos: ids = ids[:-1]
-    return ids
-
-def encode_texts(
-    tok,                # Tokenizer
-    prompts: list,      # N texts
-    completions: list,  # N texts
-):                      # Two lists of N lists of ids: prompts, completions with EOS
-    "`encode_prompt` and `encode_completion` of many texts; each prompt is tokenized once, and all whole texts in one call"
-    heads = {p: encode_prompt(tok, p) for p in dict.fromkeys(prompts)}
-    out = [heads[p] for p in prompts]
-    wholes = tok([p + c for p, c in zip(prompts, completions)])['input_ids'] if prompts else []
-    tails = [_tail(h, w, tok.eos_token_id) for h, w in zip(out, wholes)]
-    kw = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    starts = {p: tok.decode(h, **kw) for p, h in heads.items()}
-    shown = tok.batch_decode([h + (t or []) for h, t in zip(out, tails)], **kw)
-    exact = [bool(t) and s == starts[p] + c and not (tok.bos_token and p.startswith(tok.bos_token)) for p, c, s, t in zip(prompts, completions, shown, tails)]
-    # whatever isn't plainly right is left to the careful function
-    return out, [t + [tok.eos_token_id] if e else encode_completion(tok, p, c) for p, c, t, e in zip(prompts, completions, tails, exact)]
-
 # %% ../nbs/04_reward.ipynb #d8f39ccf
 class RewardModel:
     "Scores of completions: a sequence classifier with one label, its own tokenizer, and an offset that sets the zero"
@@ -335,7 +288,7 @@ class RewardModel:
 
     def encode_all(self, prompts: list, completions: list):
         "Two lists of ids, of the prompts and of what follows (encoders: nothing, and the whole text); joined, the ids are those of `encode`"
-        if self.decoder: return encode_texts(self.tok, prompts, completions)
+        if self.decoder: return encode_prompts(self.tok, prompts), encode_completions(self.tok, prompts, completions)
         return [[] for _ in prompts], [self.tok(p + c)['input_ids'] for p, c in zip(prompts, completions)]
 
     def _fit(self, rows):

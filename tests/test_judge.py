@@ -537,7 +537,11 @@ def test_mpo_judge_bad_arguments_are_one_sentence(completions, args, why):
 
 TEMPLATE_260K = '{prompt}\nA: {first}\nB: {second}\n{format}'
 
-def words(rng, n): return ' '.join(rng.choices('the cat sat on a mat and saw big red dog run far to play with ball tree sun'.split(), k=n))
+def served_rows():
+    "Prompts and two answers to each, of words that the story model knows"
+    rng = random.Random(1)
+    words = lambda n: ' '.join(rng.choices('the cat sat on a mat and saw big red dog run far to play with ball tree sun'.split(), k=n))
+    return [words(5) for _ in range(6)], {'long': [words(8) for _ in range(6)], 'short': [words(3) for _ in range(6)]}
 
 
 @pytest.fixture(scope='module')
@@ -549,13 +553,15 @@ def real_server(tmp_path_factory, one_thread):
     source = folder and folder.parent/'models'/'stories260K'
     if not source or not source.exists(): pytest.skip('the pretrained model stories260K is not beside the data, in shared/models')
     for package in ('fastapi', 'uvicorn'): pytest.importorskip(package, reason='transformers serve needs fastapi and uvicorn')
-    out, rng = tmp_path_factory.mktemp('served')/'judge', random.Random(0)
+    out = tmp_path_factory.mktemp('served')/'judge'
     tok, model = AutoTokenizer.from_pretrained(source), AutoModelForCausalLM.from_pretrained(source)
     tok.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}{{ '\n' }}"
     opt, answer = torch.optim.AdamW(model.parameters(), lr=3e-3), tok('[[A]]', add_special_tokens=False).input_ids + [tok.eos_token_id]
-    for step in range(120):
-        opt.param_groups[0]['lr'] = 3e-3 * (1 - step/120)
-        message = fill(TEMPLATE_260K, 'helpful', words(rng, 5), words(rng, rng.randint(2, 8)), words(rng, rng.randint(2, 8)), ('line', 'json')[step % 2])
+    prompts, texts = served_rows()
+    messages = [fill(TEMPLATE_260K, 'helpful', p, x, y, style) for p, *pair in zip(prompts, *texts.values()) for x, y in (pair, pair[::-1]) for style in FORMATS]
+    for step in range(6*len(messages)):
+        opt.param_groups[0]['lr'] = 3e-3 * (1 - step/(6*len(messages)))
+        message = messages[step % len(messages)]
         asked = tok(tok.apply_chat_template([dict(role='user', content=message)], tokenize=False), add_special_tokens=False).input_ids
         model(input_ids=torch.tensor([asked + answer]), labels=torch.tensor([[-100]*len(asked) + answer])).loss.backward()
         opt.step(); opt.zero_grad()
@@ -575,9 +581,7 @@ def real_server(tmp_path_factory, one_thread):
 
 def test_a_real_server_end_to_end(real_server, tmp_path):
     "Over HTTP to `transformers serve`: it takes no notice of the schema, so the reply is a final line; and its model always says [[A]], so all is a tie"
-    rng = random.Random(1)
-    prompts = [words(rng, 5) for _ in range(6)]
-    answers = {'long': [words(rng, 8) for _ in prompts], 'short': [words(rng, 3) for _ in prompts]}
+    prompts, answers = served_rows()
     j = LLMJudge(real_server['model'], base_url=real_server['url'], template=TEMPLATE_260K, max_tokens=16, concurrency=2, answers=tmp_path/'answers.jsonl')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')

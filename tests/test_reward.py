@@ -13,8 +13,8 @@ from util import KINDS, bpe, distance, fingerprint, pad_is_eos, ppo_trainer, tal
 
 import mpo_nb.reward as R
 from mpo_nb.data import UserError
-from mpo_nb.logprobs import encode_completion, encode_prompt, sample
-from mpo_nb.reward import (RewardModel, StopOnNaN, bradley_terry_loss, encode_texts, last_token_scores, reward_model_from, score_ids, tokenize_demonstrations, tokenize_pairs,
+from mpo_nb.logprobs import encode_completion, encode_completions, encode_prompt, encode_prompts, sample
+from mpo_nb.reward import (RewardModel, StopOnNaN, bradley_terry_loss, last_token_scores, reward_model_from, score_ids, tokenize_demonstrations, tokenize_pairs,
                            train_reward, train_sft, trainer_defaults)
 
 DECODERS = 'gpt2', 'llama', 'neox'
@@ -227,9 +227,9 @@ def test_encoding_many_texts_is_encoding_each(kind):
     tok = bpe(kind)
     prompts = ['Answer:', 'Answer: ', 'the wor', '<s>Answer:', ' x']*3
     completions = [' hello world', 'ld of answers</s>', '', '  hello', 'hello </s></s>']*2 + ['lo', ' a</s>b', '\n', ':', ' ']
-    heads, tails = encode_texts(tok, prompts, completions)
+    heads, tails = encode_prompts(tok, prompts), encode_completions(tok, prompts, completions)
     assert heads == [encode_prompt(tok, p) for p in prompts] and tails == [encode_completion(tok, p, c) for p, c in zip(prompts, completions)]
-    assert encode_texts(tok, [], []) == ([], [])
+    assert encode_prompts(tok, []) == encode_completions(tok, [], []) == []
 
 
 def test_fingerprint_is_that_of_the_scores(tmp_path):
