@@ -1233,13 +1233,13 @@ def test_every_item_has_a_test(item):
 
 
 def test_the_best_checkpoint_can_be_loaded_at_the_end(tmp_path):
-    "By a score on evaluation prompts: policy and critic are those of that checkpoint [fails when `_load_best_model` does nothing]"
+    "By the lowest score on evaluation prompts, so that the best checkpoint isn't the last: policy and critic are those of that checkpoint [fails when `_load_best_model` does nothing]"
     prompts = util.Dataset.from_dict({'prompt': toy_prompts(8)})
     t = ppo_trainer(tmp_path, num_rollouts=4, learning_rate=.3, eval_strategy='steps', eval_steps=1, save_strategy='steps', save_steps=1, load_best_model_at_end=True,
-                    metric_for_best_model='objective/score', greater_is_better=True, trainer=dict(eval_dataset=prompts))
+                    metric_for_best_model='objective/score', greater_is_better=False, trainer=dict(eval_dataset=prompts))
     t.train()
     scores = logged(t, 'eval_objective/score')
-    best = max(range(4), key=scores.__getitem__) + 1
+    best = min(range(4), key=scores.__getitem__) + 1
     assert best < 4 and t.state.best_model_checkpoint.endswith(f'checkpoint-{best}'), scores
     assert distance(weights(AutoModelForCausalLM.from_pretrained(tmp_path/f'checkpoint-{best}')), weights(t.policy)) == 0
     assert distance(weights(RewardModel.load(tmp_path/f'checkpoint-{best}'/'critic', tok=toy_tokenizer()).model), weights(t.model.critic)) == 0
