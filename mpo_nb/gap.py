@@ -259,10 +259,14 @@ def noise_bound(
 ) -> dict:              # bound, ci (95%), temperature
     "Upper bound of the share of wrong labels: the share that a calibrated reward model expects to contradict it"
     gaps, rng = np.asarray(gaps, float), np.random.default_rng(seed)
+    temperature = fit_temperature(gaps)   # an error where all gaps have one sign
     rows = list(pd.DataFrame(dict(prompt=prompts)).groupby('prompt').indices.values())
-    def bound(g): return float(expit(-np.abs(g) / fit_temperature(g)).mean())
+    def bound(g):
+        if not (g < 0).any(): return 0.   # a sample in which nothing is contradicted: T goes to 0
+        if not (g > 0).any(): return .5   # or everything: T goes to infinity
+        return float(expit(-np.abs(g) / fit_temperature(g)).mean())
     boots = [bound(gaps[np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))])]) for _ in range(n_boot)]
-    return dict(bound=bound(gaps), ci=np.quantile(boots, [.025, .975]).tolist(), temperature=fit_temperature(gaps))
+    return dict(bound=bound(gaps), ci=np.quantile(boots, [.025, .975]).tolist(), temperature=temperature)
 
 # %% ../nbs/05_gap.ipynb #be51c786
 GRID = np.linspace(-6, 6, 121)                           # standard deviations from the mean

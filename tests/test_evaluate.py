@@ -342,7 +342,7 @@ def legend(ax): return {t.get_text() for t in ax.get_legend().get_texts()}
 
 
 def test_plots_draw_on_the_given_axes(ax):
-    df = table()
+    df, before = table(), len(plt.get_fignums())
     assert plot_frontier(df, ax=ax) is ax and legend(ax) == {'sft', 'dpo', 'mpo'}
     means = df.groupby('policy', sort=False)[['kl', 'score']].mean()
     for p, xy in points(ax).items(): np.testing.assert_allclose(xy, means.loc[p])
@@ -350,7 +350,7 @@ def test_plots_draw_on_the_given_axes(ax):
     for p, (x, _) in points(ax).items(): np.testing.assert_allclose(x, np.sqrt(max(means.kl[p], 0)))
     ax.clear(); plot_scores(df, ax=ax)
     assert [t.get_text() for t in ax.get_yticklabels()] == ['sft', 'dpo', 'mpo']
-    assert len(plt.get_fignums()) == 1
+    assert len(plt.get_fignums()) == before
 
 
 def test_frontier_draws_a_policy_of_unknown_kl(ax):

@@ -384,3 +384,11 @@ def test_sweep_plot_marks_the_threshold():
     axs = plot_sweep(threshold_sweep(pairs(GAPS, gold_chosen=[1.]*7, gold_rejected=[0.]*7), [0, 1, 2], 'drop'), chosen=1.)
     assert [t.get_text() for t in axs[0].get_legend().get_texts()] == ['easy', 'hard', 'aside', 'γ = 1.00'] and all(a.get_xlabel() and a.get_ylabel() and a.get_title() for a in axs)
     plt.close(axs[0].figure)
+
+
+def test_noise_bound_of_few_contradictions():
+    "One contradicted pair in 40: some bootstrap samples hold none [fails when those are fitted like the others]"
+    gaps = np.r_[np.linspace(.1, 2, 39), -.3]
+    b = noise_bound(gaps, [f'p{i}' for i in range(40)])
+    assert 0 <= b['ci'][0] <= b['bound'] <= b['ci'][1] < .5
+    with pytest.raises(UserError, match='both signs'): noise_bound(gaps[:-1], [f'p{i}' for i in range(39)])

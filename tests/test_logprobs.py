@@ -124,7 +124,7 @@ def test_item08_the_models_generation_config_is_ignored(tok, monkeypatch, engine
     model, seen = tiny('gpt2'), []
     model.generation_config = own = GenerationConfig(do_sample=True, **LEAKY)
     run = L._engine(model)
-    monkeypatch.setattr(L, '_engine', lambda model: lambda *a: run(*a, seen=seen))
+    monkeypatch.setattr(L, '_engine', lambda model: lambda *a, **kw: run(*a, seen=seen, **kw))
     s = sample(model, tok, toy_prompts(3), 6, temperature=.8, batch_size=1)
     order = sorted(range(3), key=lambda i: len(s.prompt_ids[i]))
     with torch.no_grad(): logits = torch.cat([model(torch.tensor([s.prompt_ids[i] + s.completion_ids[i]])).logits[0, len(s.prompt_ids[i]) - 1:-1] for i in order])
