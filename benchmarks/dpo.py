@@ -145,6 +145,7 @@ def main():
     a = p.parse_args()
     model = a.model or a.data.parent/'models'/'stories260K'
     import torch, transformers, trl
+    from mpo_nb.data import replacing
     result = dict(date=datetime.date.today().isoformat(), cores=os.cpu_count(), memory_gb=round(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30), load_before=os.getloadavg()[0],
                   torch=torch.__version__, transformers=transformers.__version__, trl=trl.__version__, rounds=a.rounds, shapes={})
     for shape in a.shapes:
@@ -152,8 +153,7 @@ def main():
         r = result['shapes'][shape] = compare(shape, a.rounds, a.data, model)
         print(f"{shape}: ours {r['ours']['pairs_per_s']:.1f}, TRL {r['trl']['pairs_per_s']:.1f} pairs/s, ratio {r['ratio_pairs_per_s']:.2f} (processor time {r['ratio_pairs_per_cpu_s']:.2f}); "
               f"peak memory {r['ours']['peak_mb']:.0f} and {r['trl']['peak_mb']:.0f} MB, ratio {r['ratio_peak_mb']:.2f}; GEMM share {r['ours']['gemm_share']:.0%} and {r['trl']['gemm_share']:.0%}", flush=True)
-    a.out.mkdir(parents=True, exist_ok=True)
-    (a.out/'dpo.json').write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')
+        with replacing(a.out/'dpo.json') as tmp: tmp.write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')   # after each shape: a run that is stopped keeps what it has
 
 if __name__ == '__main__':
     if sys.argv[1:2] == ['--worker']: worker(*sys.argv[2:])
