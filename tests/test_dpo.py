@@ -834,7 +834,8 @@ def test_two_processes_end_where_one_does(tmp_path):
                     't = shared_run(sys.argv[1], 4)\n'
                     'assert t.accelerator.num_processes == 2 and type(t.model_wrapped).__name__ == "DistributedDataParallel"\n'
                     'if t.is_world_process_zero(): torch.save((weights(t.model), logged(t), t.train_dataset["ref_chosen"][:]), sys.argv[2])\n'
-                    'torch.distributed.destroy_process_group()\n')
+                    'torch.distributed.barrier(); torch.distributed.destroy_process_group()\n'
+                    'import os; os._exit(0)\n')   # a thread of gloo may outlive the interpreter and abort
     here = Path(__file__).parent
     command = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1', '--num_cpu_threads_per_process', '1', '--mixed_precision', 'no',
                '--dynamo_backend', 'no', '--main_process_port', '0', str(code), str(tmp_path/'two'), str(tmp_path/'out.pt')]   # --multi_gpu is its name for its torchrun launcher

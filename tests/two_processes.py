@@ -1,5 +1,6 @@
 "What each of two processes does in `test_two_processes_…` of test_ppo.py: `accelerate launch … two_processes.py FOLDER`"
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -42,4 +43,6 @@ def resumed():
 results = dict(one_update=one_update(), learning=learning(), resumed=resumed())
 rank = torch.distributed.get_rank()
 (out/f'results-{rank}.json').write_text(json.dumps(results | dict(world_size=torch.distributed.get_world_size())))
+torch.distributed.barrier()
 torch.distributed.destroy_process_group()
+os._exit(0)   # a thread of gloo may outlive the interpreter and abort
