@@ -528,6 +528,7 @@ def test_the_page_in_jupyterlab(browser, lab):
     key('1'); done(6)
     assert votes() == ['left', 'right', 'tie', 'both bad', 'undo', 'both bad', 'skip', 'right', 'left']
     events = [e for e in map(json.loads, (work/'votes'/'ann.jsonl').read_text().splitlines())]
-    assert events[5]['comment'] == 'both are wrong: s t u b' and all(e['seconds'] > 0 for e in events if 'side' in e)
+    seconds = [e['seconds'] for e in events if 'side' in e]   # rounded: a quick machine votes in 0.0
+    assert events[5]['comment'] == 'both are wrong: s t u b' and min(seconds) >= 0 and max(seconds) > 0
     table = load_votes(pd.read_json(work/'rows.json', dtype=False), work/'votes')
     assert len(table) == 6 and (table.verdict == 'skip').sum() == 0
