@@ -21,6 +21,7 @@ lab: $(READY)
 bench: $(READY)
 	$(BIN)/python -W ignore benchmarks/dpo.py
 	$(BIN)/python -W ignore benchmarks/ppo.py
+	$(BIN)/python -W ignore benchmarks/rollouts.py
 
 dist: $(READY)
 	$(BIN)/python -m build

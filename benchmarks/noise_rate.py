@@ -18,7 +18,7 @@ from mpo_nb.logprobs import sample
 from mpo_nb.reward import TOY_SIZE, train_reward, train_sft
 from mpo_nb.worlds import get_world
 
-PAIRS, FRESH, SECOND_LABELS, SFT_STEPS = 2400, 1500, 300, 200
+PAIRS, FRESH, SECOND_LABELS, SFT_STEPS = 2400, 6000, 300, 200
 CURVE = -np.inf, -1, -.5, 0, .5, 1, 2, np.inf
 
 

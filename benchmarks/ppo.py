@@ -1,10 +1,10 @@
 """How long does an iteration of PPO take? `mpo_nb.ppo.PPOTrainer` against TRL 1.12.0's PPOTrainer, the last that TRL had.
 
-    python benchmarks/ppo.py [--settings fixed trunk early long] [--rounds 7] [--trl FOLDER] [--out FOLDER]
+    python benchmarks/ppo.py [--settings fixed trunk early early+trunk long] [--rounds 6] [--trl FOLDER] [--out FOLDER]
 
 Same random Llama (vocabulary 512, width 128, 3 layers), reward model and critic, prompts (8 to 32 tokens), 64 episodes an iteration, epochs, response lengths, micro-batches, optimizer and precision (fp32).
 Each trainer runs in a process of its own (so that each has its own peak of memory), and they take turns: one iteration of ours, one of TRL's, and so on. Reported are medians over the rounds after a warm-up,
-split into rollout, scoring and update, the ratio, and the share of the peak speed of matrix multiplication that was measured beside them; once by the clock, once in seconds of processor time: where other programs
+split into rollout, scoring and update, with a profile of our update, the ratio, and the share of the peak speed of matrix multiplication that was measured beside them; once by the clock, once in seconds of processor time: where other programs
 run on the same cores, the clock says little and the second ratio is the one to read.
 
 TRL 1.12.0 is installed without its dependencies into FOLDER (default: below the user's cache folder), where it stands ahead on the path of its own process only."""
@@ -124,9 +124,40 @@ def trl(folder, watch, tokens, epochs, micro, rounds, mean=None, **_):
     ppo_trainer.batch_generation, trainer.accelerator.accumulate, trainer.dataloader = sampled, scored, Turns()
     return trainer
 
+class Profiled:
+    "In place of a `Watch`: profiles the update of the third iteration"
+    def __init__(self):
+        from torch.profiler import ProfilerActivity, profile
+        self.n, self.tokens, self.profiler = 0, 0, profile(activities=[ProfilerActivity.CPU])
+    def mark(self, name):
+        if name == 'scored' and self.n == 3: self.profiler.start()
+    def turn(self):
+        if self.n == 3: self.profiler.stop(); raise KeyboardInterrupt
+        self.n += 1
+
+KINDS = {'matrix products': ('mm', 'addmm', 'bmm'), 'attention': ('_scaled_dot_product_flash_attention_for_cpu', '_scaled_dot_product_flash_attention_for_cpu_backward')}
+
+def update_profile(setting, micro):
+    "Our update: share of its operations' time by kind, and places of its micro-batches beside those that hold a token"
+    with tempfile.TemporaryDirectory() as folder:
+        watch, places = Profiled(), dict(all=0, real=0)
+        trainer = ours(folder, watch, micro=micro, rounds=3, **SETTINGS[setting])
+        made = trainer._micro_batch
+        def counted(rows):
+            mb = made(rows)
+            for k, n in (('all', mb['attention_mask'].numel()), ('real', int(mb['attention_mask'].sum()))): places[k] += n
+            return mb
+        trainer._micro_batch = counted
+        try: trainer.train()
+        except KeyboardInterrupt: pass
+    times = {e.key.removeprefix('aten::'): e.self_cpu_time_total for e in watch.profiler.key_averages()}
+    shares = {kind: sum(times.get(k, 0) for k in ops) / sum(times.values()) for kind, ops in KINDS.items()}
+    return dict(shares={k: round(x, 3) for k, x in shares.items()}, real_places=round(places['real'] / places['all'], 3), places_per_row=round(places['all'] / (3 * SETTINGS[setting]['epochs'] * EPISODES), 1))
+
 def work(who, setting, micro, rounds):
     import torch, transformers
     transformers.logging.set_verbosity_error()
+    if who == 'profile': return say(**update_profile(setting, micro))
     with tempfile.TemporaryDirectory() as folder:
         watch = Watch()
         trainer = dict(ours=ours, trl=trl)[who](folder, watch, micro=micro, rounds=rounds, **SETTINGS[setting])
@@ -182,7 +213,7 @@ def compare(setting, micro, rounds, folder):
     for _ in range(rounds):
         for who, p in workers.items(): runs[who].append(iteration(p))
     for p in workers.values(): p.stdin.close(); p.wait()
-    out = {}
+    out = dict(profile=start('profile', setting, micro, rounds, folder)[1])
     for who, (first, warm, *rest) in runs.items():
         out[who] = middle(rest) | dict(peak=max(r['peak'] for r in rest), before=first['before'], all_seconds=[round(r['seconds'], 4) for r in rest])
     out['threads'] = runs['ours'][0]['threads']
@@ -197,6 +228,7 @@ def show(name, r, peak):
             print(f'  {who:4} {x[k]:.3f} s {"of the processor" if kind else "by the clock"} (rollout {x["rollout" + kind]:.3f}, scoring {x["scoring" + kind]:.3f}, update {x["update" + kind]:.3f})', end='')
             print(f', {EPISODES / x[k]:.1f} episodes/s' if not kind else '')
         print(f'       mean length {x["tokens"] / EPISODES:.1f}, {r["flop"] / x["cpu"] / peak:.0%} of the GEMM peak (processor time), peak memory {x["peak"]:.0f} MiB ({x["before"]:.0f} before the run)')
+    print('       our update: ' + ', '.join(f'{k} {x:.0%}' for k, x in r['profile']['shares'].items()) + f' of the operations\' time; {r["profile"]["places_per_row"]} places a row, {r["profile"]["real_places"]:.0%} of them tokens')
     print(f'  ratio {r["ratio"]:.2f} by the clock, {r["ratio_cpu"]:.2f} in processor time')
 
 def main():

@@ -246,8 +246,9 @@ def kl_k2(logprobs, ref_logprobs):
     return (logprobs - ref_logprobs).square() / 2
 
 def kl_k3(logprobs, ref_logprobs):
-    "r - 1 - log r with r = ref/policy: unbiased, never negative; log r is capped at 20 so that values and gradients stay finite"
-    log_r = (ref_logprobs - logprobs).float().clamp(-100, 20)
+    "r - 1 - log r with r = ref/policy: unbiased, never negative; computed in fp32 or better, and log r is capped at 20 so that values and gradients stay finite"
+    log_r = ref_logprobs - logprobs
+    log_r = log_r.to(torch.promote_types(log_r.dtype, torch.float32)).clamp(-100, 20)
     return torch.expm1(log_r) - log_r
 
 # %% ../nbs/03_logprobs.ipynb #ae30697f
@@ -485,8 +486,7 @@ def shared_mask(
 
 # %% ../nbs/03_logprobs.ipynb #bf4c95f4
 def _attention_mask(see, model):
-    "The 4-D mask in the form the model's attention takes: bool for SDPA, additive for eager"
-    if model.config._attn_implementation == 'sdpa': return see
+    "The 4-D mask as what is added to the attention's logits; from a bool one SDPA would make this anew in every layer, and keep it for the backward pass"
     dtype = next(model.parameters()).dtype
     return torch.zeros_like(see, dtype=dtype).masked_fill(~see, torch.finfo(dtype).min)
 

@@ -96,9 +96,11 @@ def test_scoring_again_replaces_scores_but_not_source_rows():
 
 
 def test_item55_a_constant_added_to_rewards_changes_nothing():
+    "Gaps and sets [fails when a gap holds a thousandth of a reward itself]"
     ds, score = pairs([0.]*50), lambda p, c: np.array([hash((x[0] == 'c', int(x[1:])*7919 % 31)) % 97/8 for x in c])
-    a, b = (split_by_gap(add_gaps(ds, f), easy_fraction=.4) for f in (score, lambda p, c: score(p, c) + 1024.))
-    assert rows(a) == rows(b)
+    a, b = (add_gaps(ds, f) for f in (score, lambda p, c: score(p, c) + 1024.))
+    assert a['gap'][:] == b['gap'][:] and len(set(a['gap'][:])) > 5
+    for how in (dict(easy_fraction=.4), dict(threshold=1.)): assert rows(split_by_gap(a, **how)) == rows(split_by_gap(b, **how))
 
 
 @pytest.mark.parametrize('bad', [np.nan, np.inf])

@@ -723,28 +723,29 @@ def test_item13_policy_and_reference_run_in_the_same_precision(tmp_path):
 # ---- the rest of the rollout
 
 def test_item09_chunks_of_generation_make_one_rollout(tmp_path):
-    "8 prompts in chunks of 3, 3 and 2: eight rows in their order, nothing behind EOS, pads only on the right, log-probs those of each row alone [fails when `sample` gives rows back in the order of their lengths, and when the last chunk is dropped]"
+    "8 prompts in chunks of 3, 3 and 2: eight rows in their order, nothing behind EOS, pads only on the right, log-probs those of each row alone; at so low a temperature each answer is the likeliest to its own prompt [fails when `sample` gives rows back in the order of their lengths, and when the last chunk is dropped]"
     seen = []
-    t = ppo_trainer(tmp_path, generation_batch_size=3, learning_rate=0., reward=lambda p, c: seen.extend(p) or letters(p, c))
+    t = ppo_trainer(tmp_path, talker('llama', eos=2., seed=2), generation_batch_size=3, learning_rate=0., temperature=.01, reward=lambda p, c: seen.extend(p) or letters(p, c))
     t.train()
     e, tok = t.experience, toy_tokenizer()
+    assert e.samples.completion_ids == [sample(t.policy, tok, [p], 6, greedy=True).completion_ids[0] for p in seen] and len({*e.samples.completions}) == 8 and 2 < sum(e.samples.ended) < 8
     assert e.samples.prompts == seen and len(e.mask) == 8 and len(set(seen)) == 8
     assert e.samples.prompt_ids == [encode_prompt(tok, p) for p in seen]
     assert all(tok.eos_token_id not in c[:-1] for c in e.samples.completion_ids)
     assert torch.equal(e.mask, lengths_of([len(c) for c in e.samples.completion_ids], e.mask.shape[1]))
     for i, (p, c) in enumerate(zip(e.samples.prompt_ids, e.samples.completion_ids)):
-        torch.testing.assert_close(e.logprobs[i, :len(c)], row_logps(t.policy, p, c).detach(), atol=1e-5, rtol=0)
+        torch.testing.assert_close(e.logprobs[i, :len(c)], row_logps(t.policy, p, c, .01).detach(), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize('estimator', ['k1', 'k2', 'k3'])
 def test_item11_each_estimator_is_paid_for_at_its_token(estimator, numbers):
-    "Rewards by plain loops (k3 is computed in fp32); log-ratios of 100 stay finite [fails when `token_rewards` always takes k1]"
+    "Rewards by plain loops in float64, to 1e-10; log-ratios of 100 stay finite [fails when `token_rewards` always takes k1, and when k3 casts to fp32]"
     logps, ref, *_, n = numbers
     plain = {'k1': lambda d: d, 'k2': lambda d: d * d / 2, 'k3': lambda d: math.exp(-d) - 1 + d}[estimator]
     rewards = token_rewards(torch.ones(5).double(), logps, ref, lengths_of(n, 7), .3, estimator)
     for i, k in enumerate(n):
         expected = [-.3 * plain(float(logps[i, t] - ref[i, t])) + (t == k - 1) for t in range(k)]
-        assert rewards[i, :k].tolist() == pytest.approx(expected, abs=1e-5 if estimator == 'k3' else 1e-10)
+        assert rewards[i, :k].tolist() == pytest.approx(expected, abs=1e-10)
     far = token_rewards(torch.ones(1), torch.tensor([[0., 0., 0.]]), torch.tensor([[-100., 0., 100.]]), lengths_of([3], 3), .1, estimator)
     assert far.isfinite().all() and far[0, 1] == 0
 
@@ -1039,7 +1040,7 @@ def test_item32_an_adapted_policy_is_its_own_reference(tmp_path):
 
 
 def test_item33_adapters_are_trained_and_nothing_else(with_lora):
-    "requires_grad is what it was through three rollouts; every trainable weight is in the optimizer and has moved; reference, reward model and its scores have not [fails when the critic's adapter is made for another task than SEQ_CLS, so that the head isn't trained]"
+    "requires_grad is what it was through three rollouts; every trainable weight is in the optimizer and has moved; reference, reward model and its scores have not [fails when the critic's head isn't among `modules_to_save`]"
     t, (wants, ref_wants) = with_lora['t'], with_lora['wants']
     assert wants == {k: p.requires_grad for k, p in t.model.named_parameters()} and any(wants.values())
     assert ref_wants == {k: p.requires_grad for k, p in t.ref_model.named_parameters()} and not any(ref_wants.values())
@@ -1047,7 +1048,7 @@ def test_item33_adapters_are_trained_and_nothing_else(with_lora):
     assert trained == {id(p) for p in t.model.parameters() if p.requires_grad}
     still = [k for k, p in t.model.named_parameters() if p.requires_grad and torch.equal(p, with_lora['start'][k])]
     assert not still, still
-    assert any('score' in k for k in with_lora['start']) and all('lora' in k or 'score' in k for k in with_lora['start'])
+    assert any('score.modules_to_save' in k for k in with_lora['start']) and all('lora' in k or 'score' in k for k in with_lora['start'])
     rm = with_lora['rm']
     assert (fingerprint(with_lora['policy']), fingerprint(rm.model), rm(toy_prompts(3), [' cows.'] * 3).tolist()) == with_lora['before']
 
@@ -1140,7 +1141,7 @@ def two(tmp_path_factory):
 
 
 def test_two_processes_learn_and_hold_equal_weights(two):
-    "The toy task is learned and both ranks end with the same bytes [fails when the tokens aren't summed over processes]"
+    "The toy task is learned and both ranks end with the same bytes [fails when the policy loss has the other sign]"
     _, (a, b) = two
     assert a['world_size'] == b['world_size'] == 2
     for part in ('one_update', 'learning'): assert a[part]['weights'] == b[part]['weights']
@@ -1185,7 +1186,7 @@ def test_item22_two_processes_make_the_update_of_one(two):
 
 
 def test_item26_two_processes_resume_in_the_middle_of_a_rollout(two):
-    "Each has its own half of the rollout back [fails when only the main process saves it]"
+    "Each has its own half of the rollout back [fails, with all tests of two processes, when only the main process saves it]"
     _, (a, b) = two
     assert a['resumed'] == b['resumed'] == dict(same=True)
 

@@ -50,6 +50,7 @@ def plain_score(reward, prompt, completion):
 @pytest.mark.parametrize('kind', DECODERS)
 @pytest.mark.parametrize('n', range(1, 6))
 def test_item3_item47_score_ignores_padding_side(kind, n):
+    "[fails when the last token is counted instead of looked up, and when left padding gets no mask]"
     model, row = rm(kind).model, torch.arange(3, 12)[None]
     pad, real = torch.full((1, n), 0), torch.ones_like(row)
     with torch.no_grad(): scores = [last_token_scores(model, torch.cat(i, 1), torch.cat(m, 1)).item()
@@ -59,7 +60,7 @@ def test_item3_item47_score_ignores_padding_side(kind, n):
 
 @pytest.mark.parametrize('kind', DECODERS)
 def test_item48_pad_is_eos_reads_the_true_last_token(kind):
-    "Also with EOS between turns; Hugging Face's own pooling reads another token"
+    "Also with EOS between turns; Hugging Face's own pooling reads another token [fails when the pad id tells where a text ends]"
     reward = rm(kind, pad_is_eos(toy_tokenizer()))
     prompts, completions = texts(4)
     prompts[0] = prompts[0] + ' Cats say meow.<eos>' + prompts[0]
@@ -71,7 +72,7 @@ def test_item48_pad_is_eos_reads_the_true_last_token(kind):
 
 @pytest.mark.parametrize('kind', DECODERS)
 def test_item48_pad_is_eos_trains_on_the_scores_that_are_read_later(kind):
-    "First logged loss of TRL's trainer == our loss on our scores; the tokenizer's pad id is back in the config afterwards"
+    "First logged loss of TRL's trainer == our loss on our scores; the tokenizer's pad id is back in the config afterwards [fails when the tokenizer keeps its pad token]"
     tok, ds = pad_is_eos(toy_tokenizer()), toy_pairs(4)
     model = rm(kind, tok).model
     c, r = (torch.tensor(RewardModel(model, tok)(ds['prompt'], ds[k])) for k in ('chosen', 'rejected'))
@@ -81,13 +82,31 @@ def test_item48_pad_is_eos_trains_on_the_scores_that_are_read_later(kind):
 
 
 def test_item49_no_pad_id_in_the_config():
+    "[fails when the last place is taken where the config knows no pad id]"
     reward, (prompts, completions) = rm('gpt2'), texts(2)
     reward.model.config.pad_token_id = None
     np.testing.assert_allclose(reward(prompts, completions), [reward([p], [c])[0] for p, c in zip(prompts, completions)], atol=1e-5)
 
 
 @pytest.mark.parametrize('kind', DECODERS)
+def test_padding_behind_a_text_needs_no_mask_in_a_causal_model(kind, monkeypatch):
+    "None is given, and the scores are the very same; one that looks ahead gets its mask [fails when the mask is left out whatever the layers are, and when it is never left out]"
+    model, rows, given = rm(kind).model, [[5] * 9, [6, 7], [8, 9, 10, 11]], []
+    body = getattr(model, model.base_model_prefix)
+    body.register_forward_pre_hook(lambda module, args, kw: given.append(kw.get('attention_mask') is not None), with_kwargs=True)
+    with torch.no_grad():
+        free = last_token_scores(model, *R._right_padded(rows, 0, 'cpu'))
+        assert given == [False]
+        for m in body.modules():
+            if hasattr(m, 'is_causal'): monkeypatch.setattr(m, 'is_causal', False)
+        masked = last_token_scores(model, *R._right_padded(rows, 0, 'cpu'))
+    assert given == [False, True]
+    torch.testing.assert_close(free, masked, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize('kind', DECODERS)
 def test_item50_score_does_not_depend_on_batch_partners(kind):
+    "[fails when the mask takes in the padding]"
     reward, (prompts, completions) = rm(kind), texts(8)
     alone = reward(prompts, completions, batch_size=1)
     order = np.random.default_rng(0).permutation(8)
@@ -96,7 +115,7 @@ def test_item50_score_does_not_depend_on_batch_partners(kind):
 
 
 def test_item51_scores_go_through_the_reward_models_own_tokenizer():
-    "The vocabulary permuted, and the embeddings with it: same texts, same scores"
+    "The vocabulary permuted, and the embeddings with it: same texts, same scores [fails when the policy's tokenizer encodes]"
     reward, (prompts, completions) = rm(), texts(4)
     tok, model = copy.deepcopy(reward.tok), copy.deepcopy(reward.model)
     n = len(tok)
@@ -114,6 +133,7 @@ def test_item51_scores_go_through_the_reward_models_own_tokenizer():
 
 @pytest.mark.parametrize('kind', ['gpt2', 'llama', 'closing'])
 def test_item36_item52_one_eos_at_the_end_one_bos_at_most(kind):
+    "[fails when an EOS in the ids stays before one is added]"
     tok = bpe(kind)
     reward = rm('llama', tok)
     for completion in (' hello world', ' hello world</s>', '', ' hello world</s></s>'):
@@ -194,6 +214,18 @@ def test_one_row_a_pair_gives_the_scores_of_two(kind):
     with pytest.raises(UserError, match='9 prompts, 9 chosen and 8'): reward.score_pairs(*args[:2], args[2][:8])
 
 
+def test_a_prompt_is_read_once_where_that_is_less_work(monkeypatch):
+    "Long prompt, short answers: yes; long answers: no; and the scores don't tell [fails when `sharing_pays` is always or never true]"
+    reward, ds, seen = rm(), toy_pairs(3), []
+    prompts, one, real = ds['prompt'][:], ds['chosen'][0], R.pair_scores
+    monkeypatch.setattr(R, 'pair_scores', lambda model, rows, pad: (seen.extend(len(r[0]) for r in rows), real(model, rows, pad))[1])
+    monkeypatch.setattr(R, 'shares_prompt', lambda *a: True)
+    args = [prompts[0], prompts[1], prompts[2]], [one, one * 4, one], [' No.', one * 3, ' Yes.']
+    scores = reward.score_pairs(*args)
+    assert seen == sorted(len(encode_prompt(reward.tok, p)) for p in (prompts[0], prompts[2]))
+    np.testing.assert_allclose(scores, np.stack([reward(args[0], c) for c in args[1:]], 1), atol=1e-5)
+
+
 def test_pairs_that_are_too_long_to_share_are_cut_as_texts_are(caplog):
     reward, ds = rm(), toy_pairs(9)
     args = [ds[k][:] for k in ('prompt', 'chosen', 'rejected')]
@@ -262,6 +294,7 @@ def test_grouping_by_length_trains_on_less_padding():
 # ---- made, saved, loaded
 
 def test_item54_seeded_head_and_body_of_the_policy():
+    "[fails when the head isn't seeded]"
     model, tok = tiny('gpt2', seed=5), toy_tokenizer()
     before, state = fingerprint(model), torch.get_rng_state()
     a, b, c = (reward_model_from(model, tok, seed) for seed in (0, 0, 1))
@@ -277,6 +310,7 @@ def test_reward_model_from_a_folder(tmp_path):
 
 
 def test_item54_number_of_labels_and_missing_head(tmp_path):
+    "[fails when missing weights are not looked for]"
     tok, model = toy_tokenizer(), tiny('llama')
     for d in ('lm', 'two'): tok.save_pretrained(tmp_path/d)
     model.save_pretrained(tmp_path/'lm')
@@ -298,6 +332,7 @@ def test_item30_lost_head_bias_is_an_error(tmp_path):
 
 @pytest.mark.parametrize('kind', DECODERS)
 def test_item30_item55_save_and_load_keep_scores_and_offset(kind, tmp_path):
+    "[fails when the offset isn't saved]"
     reward, (prompts, completions) = rm(kind), texts(8)
     gaps = np.diff(reward(prompts, completions))
     reward.center(prompts, completions)
@@ -311,6 +346,7 @@ def test_item30_item55_save_and_load_keep_scores_and_offset(kind, tmp_path):
 
 
 def test_item55_constant_scores_stay_finite():
+    "[fails when centring divides by the deviation]"
     reward, (prompts, completions) = rm(), texts(4)
     with torch.no_grad(): reward.model.score.weight.zero_()
     assert np.array_equal(reward.center(prompts, completions)(prompts, completions), np.zeros(4))
@@ -366,7 +402,7 @@ def test_sft_leaves_a_model_whose_copy_is_its_own():
 
 
 def test_item56_loss_is_that_of_the_last_tokens_and_partners_do_not_matter():
-    "TRL's loss and our equation on the same batch; a longer partner changes no score"
+    "TRL's loss and our equation on the same batch; a longer partner changes no score [fails when the loss is summed over pairs]"
     reward, ds = rm(), toy_pairs(4)
     scores = {k: torch.tensor(reward(ds['prompt'], ds[k])) for k in ('chosen', 'rejected')}
     start = copy.deepcopy(reward.model)
