@@ -1181,7 +1181,7 @@ def test_item22_two_processes_make_the_update_of_one(two):
     done = torch.load(out/'updated.pt', weights_only=True)
     assert distance(weights(model), done) < 1e-5 and distance(start, done) > 1e-2
     log = a['one_update']['logs'][0]
-    for k in ('loss/value', 'policy/entropy', 'policy/ratio'): assert log[k] == pytest.approx(float(total[k]), abs=1e-4)
+    for k in ('loss/value', 'policy/entropy', 'policy/ratio'): assert log[k] == pytest.approx(total[k].item(), abs=1e-4)
     assert log['rollout/length'] == n / 8
 
 
