@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['log', 'SHORT', 'SECTIONS', 'SHOWN', 'SEEDS', 'POLICIES', 'DPO_CURVES', 'PPO_CURVES', 'GAP_TEXT', 'ACCURACY_TEXT',
-           'DPO_TEXT', 'PPO_TEXT', 'KL_TEXT', 'WIN_TEXT', 'USAGE', 'key', 'WorldKeys', 'DataKeys', 'ModelKeys',
-           'TrainingKeys', 'SFTKeys', 'RewardKeys', 'GapKeys', 'DPOKeys', 'PPOKeys', 'EvalKeys', 'Recipe', 'flat',
-           'recipe_keys', 'recipes', 'parse_recipe', 'load_recipe', 'stage_keys', 'the_world', 'check', 'Progress',
-           'watch', 'last_checkpoint', 'stage_seed', 'read_json', 'cut_prompt', 'fit_lengths', 'split_pairs',
-           'stage_data', 'arguments', 'stage_sft', 'stage_pairs', 'stage_reward', 'stage_judge', 'the_judge',
-           'stage_gaps', 'stage_dpo', 'stage_dpo_easy', 'stage_ppo', 'stage_mpo', 'stage_eval', 'stages', 'finished',
-           'run_stage', 'evaluation', 'finish', 'differing_keys', 'check_folder', 'environment', 'locked', 'run',
-           'final_table', 'compare_runs', 'plot_training', 'report_plots', 'eighths', 'sample_cards', 'pair_table',
-           'report', 'gaps_recipe', 'stage_score', 'score_gaps', 'gaps_summary', 'gaps_report', 'main']
+           'DPO_TEXT', 'PPO_TEXT', 'KL_TEXT', 'WIN_TEXT', 'AGREES', 'USAGE', 'key', 'WorldKeys', 'DataKeys',
+           'ModelKeys', 'TrainingKeys', 'SFTKeys', 'RewardKeys', 'GapKeys', 'DPOKeys', 'PPOKeys', 'EvalKeys', 'Recipe',
+           'flat', 'recipe_keys', 'recipes', 'parse_recipe', 'load_recipe', 'stage_keys', 'the_world', 'check',
+           'Progress', 'watch', 'last_checkpoint', 'stage_seed', 'read_json', 'cut_prompt', 'fit_lengths',
+           'split_pairs', 'stage_data', 'arguments', 'stage_sft', 'stage_pairs', 'stage_reward', 'stage_judge',
+           'the_judge', 'stage_gaps', 'stage_dpo', 'stage_dpo_easy', 'stage_ppo', 'stage_mpo', 'stage_eval', 'stages',
+           'finished', 'run_stage', 'evaluation', 'finish', 'differing_keys', 'check_folder', 'environment', 'locked',
+           'run', 'final_table', 'compare_runs', 'plot_training', 'report_plots', 'eighths', 'sample_cards',
+           'pair_table', 'report', 'gaps_recipe', 'second_labels', 'stage_score', 'score_gaps', 'gaps_summary',
+           'gaps_report', 'main']
 
 # %% ../nbs/11_mpo.ipynb #7938328f
 import dataclasses, difflib, importlib.metadata, json, logging, os, platform, re, shutil, sys, time, warnings
@@ -106,6 +107,7 @@ class GapKeys:
     easy_fraction: float | None = key(None, 'or: this share of the pairs, those with the largest gaps, is easy')
     max_wrong: float | None = key(None, 'or: pairs are easy where the label is wrong with a lower probability than this, between 0 and 0.5; the probability comes from gaps calibrated on pairs that the reward model has not seen')
     folds: int | None = key(None, 'score each pair with a reward model that did not see its prompt: so many are trained besides the one of stage reward; null: score with that one')
+    second_label: str | None = key(None, '`mpo gaps`: column of the data that tells whether a second, independent label agrees with the first (true, false; nothing: there is none); the share of wrong labels is estimated from it')
     disagree: Literal['hard', 'easy', 'swap', 'drop'] = key('hard', 'what becomes of pairs whose label the reward model contradicts by more than the threshold')
 
 # %% ../nbs/11_mpo.ipynb #8e9ba507
@@ -393,6 +395,7 @@ def check(
     _check_source(r)
     _check_sizes(r)
     _check_training(r)
+    if r.gap.second_label and r.name != 'gaps': raise UserError('gap.second_label is read by `mpo gaps` only: leave it out of the recipe of a run')
     if r.world.name: the_world(r)
     if r.model.name: _check_model(r)
     for k, name in (('reward.name', r.reward.name), ('eval.judge', r.eval.judge)):
@@ -1112,15 +1115,43 @@ def _is_classifier(name):
     except (OSError, ValueError, KeyError): return False
     return any(n.endswith('ForSequenceClassification') for n in names)
 
+AGREES = {None: None, '': None, True: True, False: False} | {t: True for t in ('true', '1', '1.0')} | {t: False for t in ('false', '0', '0.0')}   # CSV files hold text; numbers 1 and 0 are True and False
+
+def second_labels(
+    ds,                   # Pairs
+    column: str,          # Name of the column
+) -> list:                # [N] True, False, or None where there is no second label
+    "Does a second label agree with the first? `UserError` names the first value that says neither"
+    if column not in ds.column_names: raise UserError(f'gap.second_label: the pairs have no column {column!r}; they have {", ".join(ds.column_names)}')
+    plain = lambda a: None if a != a else a.strip().lower() if isinstance(a, str) else a   # NaN: an empty place in a column of numbers
+    values = [plain(a) for a in ds[column][:]]
+    bad = next((i for i, a in enumerate(values) if isinstance(a, (list, dict)) or a not in AGREES), None)
+    if bad is not None: raise UserError(f'gap.second_label: column {column!r} holds {ds[column][bad]!r} ({ds["file"][bad]}, row {ds["row"][bad]}): give true where the second label agrees with the first, false where it does not, nothing where there is none')
+    if all(AGREES[a] is None for a in values): raise UserError(f'gap.second_label: column {column!r} holds no label: fill some of its places, or leave the key out')
+    return [AGREES[a] for a in values]
+
+def _write_noise(ds, again, path, seed):
+    "What second labels say about wrong ones"
+    from mpo_nb.gap import noise_rate
+    table = noise_rate(ds['gap'][:], ds['prompt'][:], again, seed=seed).rename_axis('gap').reset_index()
+    _write_json(path, dict(second_labels=sum(a is not None for a in again), rows=json.loads(table.to_json(orient='records'))))   # pandas writes NaN as null
+
 def stage_score(r, run, out, progress):
     "Read pairs, score each with a model that did not see it, and split; `gaps.parquet` in the run folder"
     from mpo_nb.gap import add_gaps, crossfit_gaps
     from mpo_nb.reward import RewardModel
     ds, counts = _fitting_pairs(r, out, _tokenizer(r))
     if r.data.pairs: ds = ds.shuffle(seed=stage_seed(r, 'data')).select(range(min(len(ds), r.data.pairs)))
+    if r.gap.second_label: second_labels(ds, r.gap.second_label)   # before anything is trained
     if r.reward.name: ds = add_gaps(ds, RewardModel.load(r.reward.name), cache=True)
     else: ds = crossfit_gaps(ds, lambda pairs, fold: _train_reward(r, run, progress, 'score', _base(r), pairs, fold)[0], r.gap.folds, stage_seed(r, 'score'))
+    if r.gap.second_label: _write_noise(ds, second_labels(ds, r.gap.second_label), out/'noise.json', stage_seed(r, 'score'))
     return dict(pairs=len(ds)) | _write_split(r, run, ds, ds) | counts
+
+def _noise(run):
+    "What `_write_noise` wrote, or None"
+    path = Path(run)/'score'/'noise.json'
+    return read_json(path) if path.is_file() else None
 
 def score_gaps(
     recipe: Recipe,          # From `gaps_recipe`
@@ -1168,7 +1199,7 @@ def gaps_report(
     rows = {k: dict(pairs=len(d), lowest=d.gap.min(), highest=d.gap.max(), chosen=words(d.chosen), rejected=words(d.rejected)) for k, d in sets.groupby('set')}
     images = [_image(_drawn(lambda ax: plot_gaps(ds, ax=ax), (5, 3.2))), _image(_drawn(lambda ax: plot_reliability(tables, ax=ax), (5, 3.6)))]
     return _template('gaps.html.jinja').render(recipe=recipe, recipe_yaml=(run/'recipe.yaml').read_text(encoding='utf-8'), environment=read_json(run/'environment.json'), s=s, rows=rows, images=images,
-                                               features=gap_correlations(ds).to_dict('index'), pairs=extreme_pairs(ds, 3).to_dict('records'), data=read_json(run/'score'/'stage.json')['metrics'])
+                                               features=gap_correlations(ds).to_dict('index'), pairs=extreme_pairs(ds, 3).to_dict('records'), noise=_noise(run), data=read_json(run/'score'/'stage.json')['metrics'])
 
 # %% ../nbs/11_mpo.ipynb #cee2aabd
 USAGE = '''Mixed Preference Optimization from preference data to a judged model.
@@ -1217,6 +1248,9 @@ def _gaps_command(argv):
     m, s = read_json(folder/'score'/'stage.json')['metrics'], gaps_summary(_parquet(folder/'gaps.parquet'))
     print(f"{m['pairs']} pairs: {m['easy']} easy, {m['hard']} hard; {sum(m['set_aside'].values())} set aside, {m['prompts_cut']} prompts cut")
     print(f"the reward model agrees with {s['agreement']:.1%} of the labels [{s['agreement_ci'][0]:.1%}, {s['agreement_ci'][1]:.1%}]")
+    if noise := _noise(folder):
+        a = noise['rows'][0]
+        print(f"wrong labels, by {noise['second_labels']} second labels: {a['rate']:.1%} [{a['lo']:.1%}, {a['hi']:.1%}]")
     print(f'report: {folder/"report.html"}')
 
 def main(

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from mpo_nb.mpo import SEEDS, check_folder, load_recipe, main, parse_recipe, recipe_keys, recipes, report, stages
+from mpo_nb.mpo import SEEDS, check_folder, load_recipe, main, parse_recipe, recipe_keys, recipes, report, stage_seed, stages
 
 SIZE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
 TINY = dict(data=dict(pairs=300, demonstrations=300), eval=dict(prompts=24, samples=2), model=dict(size=SIZE),
@@ -322,6 +322,35 @@ def test_gaps_with_a_finished_reward_model(runs, tmp_path):
         assert len(gaps) + sum(aside.values()) == len(pairs) and gaps.reward_chosen.tolist() == pytest.approx(rm(gaps.prompt.tolist(), gaps.chosen.tolist()).tolist(), abs=1e-5)
         page = (folder/'report.html').read_text()
         assert '<script>' not in page and 'http' not in page.replace('http://www.w3.org', '') and 'runs/' not in page
+
+def test_gaps_with_second_labels(runs, tmp_path, capsys, monkeypatch):
+    "Estimate in the report, on the terminal and in score/noise.json: that of `noise_rate` on the same gaps; text and numbers are read; bad ones are named before anything is trained [fails when the labels come in another order, when a bad value isn't looked for, and when it is looked for after training only]"
+    from mpo_nb.gap import noise_rate
+    whole = runs[0]
+    pairs = pd.read_parquet(whole/'pairs'/'train.parquet').head(60)
+    labels = [None if i % 3 else bool(i % 4) for i in range(60)]
+    argv = lambda name: ['gaps', str(tmp_path/name), '--model', str(whole/'reward'), '--data.max_prompt_length', '64', '--output_dir', str(tmp_path/'g'), '--gap.second_label', 'again']
+    written = {'bool.parquet': labels, 'number.csv': [None if a is None else int(a) for a in labels], 'text.csv': ['' if a is None else str(a) for a in labels]}
+    found = []
+    for name, again in written.items():
+        d = pairs[['prompt', 'chosen', 'rejected']].assign(again=again)
+        d.to_parquet(tmp_path/name) if name.endswith('parquet') else d.to_csv(tmp_path/name, index=False)
+        shutil.rmtree(tmp_path/'g', ignore_errors=True)
+        assert main(argv(name)) == 0
+        found.append(json.loads((tmp_path/'g'/'score'/'noise.json').read_text()))
+        assert '20 second labels' in capsys.readouterr().out and 'How many labels are wrong?' in (tmp_path/'g'/'report.html').read_text()
+    assert found[0] == found[1] == found[2] and found[0]['second_labels'] == 20
+    gaps = pd.read_parquet(tmp_path/'g'/'gaps.parquet').sort_values('source_row')
+    assert gaps.chosen.tolist() == pairs.chosen.tolist()
+    expected = noise_rate(gaps.gap.tolist(), gaps.prompt.tolist(), labels, seed=stage_seed(load_recipe('toy'), 'score')).iloc[0]
+    assert found[0]['rows'][0]['gap'] == 'all' and found[0]['rows'][0]['rate'] == pytest.approx(expected.rate, abs=1e-6)
+    d = pairs[['prompt', 'chosen', 'rejected']].assign(again=['maybe'] + [''] * 59)
+    d.to_csv(tmp_path/'bad.csv', index=False); d.assign(again='').to_csv(tmp_path/'none.csv', index=False)
+    monkeypatch.setattr('mpo_nb.mpo._train_reward', lambda *a: pytest.fail('trained first'))
+    for name, key, says in (('bad.csv', 'again', "'maybe' (bad.csv, row 1)"), ('none.csv', 'again', 'holds no label'), ('bad.csv', 'twice', "no column 'twice'")):
+        assert main([*argv(name)[:-1], key, '--model', str(whole/'sft'), '--output_dir', str(tmp_path/f'{key}{name}')]) == 2
+        assert says in capsys.readouterr().err
+    assert main(['run', 'toy', '--gap.second_label', 'again', '--output_dir', str(tmp_path/'run')]) == 2 and '`mpo gaps` only' in capsys.readouterr().err
 
 @pytest.mark.parametrize('argv, says', [(['--model', 'm'], 'first say which data'), (['no-such-file.jsonl'], 'no model'), (['x.jsonl', '--model', './nowhere'], 'nowhere'),
                                         (['x.jsonl', '--gap.treshold', '1'], 'gap.threshold')])
