@@ -378,7 +378,7 @@ def _check_model(r):
     try: config = AutoConfig.from_pretrained(Path(r.model.name).expanduser() if _is_folder(r.model.name) else r.model.name)
     except (OSError, ValueError, KeyError) as e: raise UserError(f'model {r.model.name} cannot be loaded: {str(e).splitlines()[0]}') from e
     room, need = getattr(config, 'max_position_embeddings', None), r.data.max_prompt_length + r.data.max_completion_length
-    if room and need > room: raise UserError(f'`data.max_prompt_length` + `data.max_completion_length` is {need}, but {r.model.name} reads at most {room} tokens')
+    if room and need > room: raise UserError(f'`data.max_prompt_length` + `data.max_completion_length` is {need}, but {r.model.name} reads at most {room} tokens: give smaller ones')
 
 def _check_scorer(name, key):
     "`UserError` unless `name` is a reward model: a sequence classifier with one label"

@@ -253,7 +253,7 @@ def test_reward_model_with_two_labels(local_model, tmp_path, capsys, tiny):
 
 def test_too_long_for_the_model(local_model, rows, capsys, tmp_path):
     recipe = write_recipe(tmp_path/'r.yaml', data=dict(source=str(rows)), model=dict(name=str(local_model)), **USER)
-    fails(capsys, recipe, '--output_dir', tmp_path/'run', says='reads at most 128 tokens')
+    fails(capsys, recipe, '--output_dir', tmp_path/'run', says='reads at most 128 tokens: give smaller ones')
 
 def test_no_row_fits_then_mended_in_the_same_folder(local_model, rows, capsys, tmp_path):
     recipe = write_recipe(tmp_path/'r.yaml', data=dict(source=str(rows), max_prompt_length=3, max_completion_length=24), model=dict(name=str(local_model)), **USER)
