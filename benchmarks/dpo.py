@@ -9,6 +9,7 @@ for the real tokens: 2 per weight and token, three times for training and once f
 
 Shape hh takes real pairs of HH-RLHF (harmless-base) and a real checkpoint: FOLDERs by argument, or `MPO_NB_DATA` and the folder models/stories260K beside it. Without them it is left out, and says so."""
 import argparse, datetime, json, os, resource, statistics, subprocess, sys, tempfile, time
+from contextlib import nullcontext
 from pathlib import Path
 
 #                 vocabulary, width, prompt, completion, batch, pairs
@@ -61,22 +62,24 @@ def worker(who, shape, data, checkpoint):
     from datasets import Dataset
     from transformers.utils import logging as hf
     from mpo_nb.reward import quiet, trainer_defaults
+    from ppo import shares
     if who == 'trl': from trl import DPOConfig, DPOTrainer
     else: from mpo_nb.dpo import DPOConfig, DPOTrainer
     hf.set_verbosity_error(); datasets.disable_progress_bars()
     baseline = peak_mb()
     tok, model, rows, batch = task(shape, data, checkpoint)
     pairs = Dataset.from_list(rows)
-    more = dict(cache_reference=False) if who == 'ours' else {}
+    more = {} if who == 'trl' else dict(cache_reference=False)
     say(ready=True, n=len(rows), threads=torch.get_num_threads())
     for line in sys.stdin:
-        policy, ref = copy.deepcopy(model), {} if who == 'ours' else dict(ref_model=copy.deepcopy(model))
+        policy, ref = copy.deepcopy(model), dict(ref_model=copy.deepcopy(model)) if who == 'trl' else {}
         with tempfile.TemporaryDirectory() as folder, quiet():
             args = DPOConfig(**trainer_defaults(output_dir=folder, per_device_train_batch_size=batch, num_train_epochs=1, max_length=512, learning_rate=1e-5, **more))
             marks = [(time.perf_counter(), time.process_time())]
             trainer = DPOTrainer(policy, args=args, train_dataset=pairs, processing_class=tok, **ref)
             marks.append((time.perf_counter(), time.process_time()))
-            trainer.train()
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) if who == 'profile' else nullcontext() as profiler: trainer.train()
+            if who == 'profile': say(shares=shares(profiler)); continue
             marks.append((time.perf_counter(), time.process_time()))
         make, train = ([b - a for a, b in zip(x, y)] for x, y in zip(marks, marks[1:]))
         say(clock=[make[0], train[0]], processor=[make[1], train[1]], peak_mb=peak_mb() - baseline, loss=trainer.state.log_history[-1]['train_loss'])
@@ -117,6 +120,12 @@ def needed(tok, model, rows):
     completion = sum(len(r['chosen_ids']) + len(r['rejected_ids']) for r in pairs)
     return 4 * 2 * (body * sum(map(pair_length, pairs)) + head * completion)
 
+def profile(shape, data, model):
+    "Shares of the kinds of operations in an epoch of ours"
+    w = Worker('profile', shape, data, model)
+    try: return w.epoch()['shares']
+    finally: w.close()
+
 def compare(shape, rounds, data, model):
     workers = {who: Worker(who, shape, data, model) for who in ('ours', 'trl')}
     runs = {who: [] for who in workers}
@@ -126,7 +135,7 @@ def compare(shape, rounds, data, model):
             if i: runs[who].append(r)   # the first is a warm-up
     n, flops, peak = workers['ours'].info['n'], needed(*task(shape, data, model)[:3]), gemm_peak()
     for w in workers.values(): w.close()
-    out = dict(shape=SHAPES[shape], pairs=n, threads=workers['ours'].info['threads'], gemm_gflops=peak / 1e9)
+    out = dict(shape=SHAPES[shape], pairs=n, threads=workers['ours'].info['threads'], gemm_gflops=peak / 1e9, profile=profile(shape, data, model))
     for who, rs in runs.items():
         med = lambda f: statistics.median(f(r) for r in rs)
         out[who] = dict(pairs_per_s=n / med(lambda r: sum(r['clock'])), train_pairs_per_s=n / med(lambda r: r['clock'][1]), pairs_per_cpu_s=n / med(lambda r: sum(r['processor'])),

@@ -137,6 +137,11 @@ class Profiled:
 
 KINDS = {'matrix products': ('mm', 'addmm', 'bmm'), 'attention': ('_scaled_dot_product_flash_attention_for_cpu', '_scaled_dot_product_flash_attention_for_cpu_backward')}
 
+def shares(profiler):
+    "Kind of operation -> its share of the time of all operations"
+    times = {e.key.removeprefix('aten::'): e.self_cpu_time_total for e in profiler.key_averages()}
+    return {kind: round(sum(times.get(k, 0) for k in ops) / sum(times.values()), 3) for kind, ops in KINDS.items()}
+
 def update_profile(setting, micro):
     "Our update: share of its operations' time by kind, and places of its micro-batches beside those that hold a token"
     with tempfile.TemporaryDirectory() as folder:
@@ -150,9 +155,7 @@ def update_profile(setting, micro):
         trainer._micro_batch = counted
         try: trainer.train()
         except KeyboardInterrupt: pass
-    times = {e.key.removeprefix('aten::'): e.self_cpu_time_total for e in watch.profiler.key_averages()}
-    shares = {kind: sum(times.get(k, 0) for k in ops) / sum(times.values()) for kind, ops in KINDS.items()}
-    return dict(shares={k: round(x, 3) for k, x in shares.items()}, real_places=round(places['real'] / places['all'], 3), places_per_row=round(places['all'] / (3 * SETTINGS[setting]['epochs'] * EPISODES), 1))
+    return dict(shares=shares(watch.profiler), real_places=round(places['real'] / places['all'], 3), places_per_row=round(places['all'] / (3 * SETTINGS[setting]['epochs'] * EPISODES), 1))
 
 def work(who, setting, micro, rounds):
     import torch, transformers
@@ -240,15 +243,14 @@ def main():
     p.add_argument('--out', default=Path(__file__).parent/'results')
     a = p.parse_args()
     import torch, transformers
+    from mpo_nb.data import replacing
     folder, peak = installed(Path(a.trl)), gemm_peak()
     machine = dict(cores=os.cpu_count(), threads=torch.get_num_threads(), gemm_gflops_of_a_core=round(peak / 1e9, 1))
     result = dict(date=datetime.date.today().isoformat(), machine=machine, versions=dict(torch=torch.__version__, transformers=transformers.__version__, trl='1.12.0'), settings={})
     for name in a.settings:
         r = result['settings'][name] = dict(SETTINGS[name], micro=a.micro, flop=needed(**SETTINGS[name]), **compare(name, a.micro, a.rounds, folder))
         show(name, r, peak)
-        if not a.out: continue
-        Path(a.out).mkdir(parents=True, exist_ok=True)
-        (Path(a.out)/'ppo.json').write_text(json.dumps(result, indent=1) + '\n')
+        with replacing(Path(a.out)/'ppo.json') as tmp: Path(tmp).write_text(json.dumps(result, indent=1) + '\n')
 
 
 if __name__ == '__main__':

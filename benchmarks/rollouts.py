@@ -12,6 +12,7 @@ import transformers
 from transformers import GenerationConfig
 
 from mpo_nb import logprobs as L
+from mpo_nb.data import replacing
 from ppo import eos_chance, gemm_peak, task
 
 
@@ -74,9 +75,7 @@ def main():
                 print(f'{name}:')
                 for k, x in times.items():
                     print(f'  {k:24} {x["seconds"] * 1000:6.0f} ms by the clock, {x["cpu"] * 1000:6.0f} ms of the processor   mean length {x["mean_length"]}')
-    if a.out:
-        Path(a.out).mkdir(parents=True, exist_ok=True)
-        (Path(a.out)/'rollouts.json').write_text(json.dumps(result, indent=1) + '\n')
+    with replacing(Path(a.out)/'rollouts.json') as tmp: Path(tmp).write_text(json.dumps(result, indent=1) + '\n')
 
 
 if __name__ == '__main__': main()

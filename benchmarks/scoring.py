@@ -15,6 +15,7 @@ from transformers.utils import logging as hf
 from mpo_nb.data import load_preferences, replacing
 from mpo_nb.logprobs import inference, load_model
 from mpo_nb.reward import RewardModel, _right_padded, reward_model_from
+from ppo import shares
 
 BATCH = 64
 
@@ -43,6 +44,12 @@ def random_llama(tok):
                                         pad_token_id=tok.pad_token_id, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id)).eval()
 
 
+def profiled(reward, texts):
+    "Shares of the kinds of operations in `score_pairs` of 256 pairs"
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as p: reward.score_pairs(*(x[:256] for x in texts), BATCH)
+    return shares(p)
+
+
 def compare(reward, texts, rounds):
     "Seconds of the three ways, and how much faster than the plain one"
     ways = dict(pairs=lambda p, c, r: reward.score_pairs(p, c, r, BATCH),
@@ -56,7 +63,7 @@ def compare(reward, texts, rounds):
     t = {k: statistics.median(s for s, _ in r) for k, r in runs.items()}
     heads, ends = reward.encode_all(texts[0]*2, texts[1] + texts[2])
     lengths = [len(h) + len(e) for h, e in zip(heads, ends)]
-    return dict(context=reward.max_length, tokens=sum(min(n, reward.max_length) for n in lengths), cut_texts=sum(n > reward.max_length for n in lengths),
+    return dict(context=reward.max_length, profile=profiled(reward, texts), tokens=sum(min(n, reward.max_length) for n in lengths), cut_texts=sum(n > reward.max_length for n in lengths),
                 seconds={k: round(x, 2) for k, x in t.items()}, times_faster_than_plain={k: round(t['plain']/x, 2) for k, x in t.items() if k != 'plain'})
 
 
