@@ -145,8 +145,8 @@ class Annotation:
         seed:int=0,      # of the order of the pairs and of the sides
     ):
         if not re.fullmatch(r'\w[\w.-]*', annotator): raise UserError(f"{annotator!r} can't name an annotator's file: use letters, digits, - _ and .")
-        self.rows, self.annotator, self.seed, self.path = vote_rows(rows), annotator, seed, Path(folder)/f'{annotator}.jsonl'
-        different = self.rows[self.rows.a != self.rows.b].drop_duplicates('pair')
+        rows, self.annotator, self.seed, self.path = vote_rows(rows), annotator, seed, Path(folder)/f'{annotator}.jsonl'
+        different = rows[rows.a != rows.b].drop_duplicates('pair')
         self.pairs = {r.pair: r for r in different.itertuples(index=False)}
         self.orders = {order_key(r.prompt, *texts): (k, left) for k, r in self.pairs.items() for left, texts in (('a', (r.a, r.b)), ('b', (r.b, r.a)))}
         self.order = sorted(self.pairs, key=lambda k: hashlib.sha256(f'{seed}\0{k}'.encode()).digest())
@@ -315,7 +315,6 @@ function render({ model, el }) {
     const view = model.get('view');
     clearTimeout(waiting); waiting = null;
     root.classList.remove('waiting');
-    root.dataset.turn = view.turn;
     root.classList.toggle('finished', view.finished);
     bar.max = view.total; bar.value = view.done;
     status.textContent = `${view.done} of ${view.total}` + (view.skipped ? `, ${view.skipped} skipped` : '') + (view.note ? ` · ${view.note}` : '');
@@ -498,8 +497,9 @@ def verdict_table(
 # %% ../nbs/10_human.ipynb #ce4e149f
 def _codes(table):
     "Verdicts as numbers [ids, raters], -1 where there is none, and how many different verdicts there are"
-    kinds = sorted({v for v in table.to_numpy().ravel() if isinstance(v, str)})
-    return table.apply(lambda c: c.map({v: i for i, v in enumerate(kinds)})).fillna(-1).to_numpy(dtype=int), len(kinds)
+    if table.shape[1] < 2: raise UserError(f"agreement needs two raters; there is {', '.join(map(str, table.columns)) or 'none'}")
+    codes, kinds = pd.factorize(table.to_numpy(dtype=object).ravel(), sort=True)
+    return codes.reshape(table.shape), len(kinds)
 
 def _cohen(codes, kinds):
     "Cohen's kappa of two raters [ids, 2], NaN where it is undefined"
@@ -532,11 +532,10 @@ def pairwise_agreement(
         ci = stats.binomtest(same, n).proportion_ci(confidence, method='wilson') if n else (np.nan, np.nan)
         kappa, low, high = _with_interval(lambda c: _cohen(c, kinds), both, confidence, n_resamples, seed)
         return dict(x=table.columns[i], y=table.columns[j], n=n, agree=same/n if n else np.nan, agree_low=ci[0], agree_high=ci[1], kappa=kappa, low=low, high=high)
-    if table.shape[1] < 2: raise UserError(f"agreement needs two raters; there is {', '.join(map(str, table.columns)) or 'none'}")
     return pd.DataFrame([row(i, j) for i, j in combinations(range(table.shape[1]), 2)])
 
 # %% ../nbs/10_human.ipynb #8ed3f6ad
-def _counts(codes, kinds): return np.stack([(codes == k).sum(axis=1) for k in range(kinds)], axis=1)   # [ids, verdicts] raters
+def _counts(codes, kinds): return (codes[:, :, None] == np.arange(kinds)).sum(axis=1)   # [ids, verdicts] raters
 
 def _kinds_used(counts): return int((counts.sum(axis=0) > 0).sum())
 
@@ -545,14 +544,12 @@ def _fleiss(counts):
     return float(fleiss_kappa(counts)) if _kinds_used(counts) > 1 else np.nan
 
 def _alpha(counts):
-    "Krippendorff's alpha of counts; ids with fewer than two verdicts can't agree or disagree. NaN where it is undefined"
-    counts = counts[counts.sum(axis=1) > 1]
+    "Krippendorff's alpha of counts, of ids with at least two verdicts: others can't agree or disagree. NaN where it is undefined"
     return float(krippendorff.alpha(value_counts=counts, level_of_measurement='nominal')) if _kinds_used(counts) > 1 else np.nan
 
 def _observed(counts):
-    "Share of pairs of raters that agree, mean over ids with at least two verdicts"
+    "Share of pairs of raters that agree, mean over ids, which have at least two verdicts"
     m = counts.sum(axis=1)
-    counts, m = counts[m > 1], m[m > 1]
     return float(((counts*(counts - 1)).sum(axis=1) / (m*(m - 1))).mean()) if len(m) else np.nan
 
 def agreement(
@@ -562,7 +559,6 @@ def agreement(
     seed:int=0,              # of the bootstrap
 )->pd.DataFrame:             # observed agreement, Fleiss' kappa, Krippendorff's alpha: n (ids), value, low, high
     "How far all raters agree, with bootstrap intervals over ids; Fleiss' kappa from the ids that everybody judged"
-    if table.shape[1] < 2: raise UserError(f"agreement needs two raters; there is {', '.join(map(str, table.columns)) or 'none'}")
     codes, kinds = _codes(table)
     several, complete = (codes >= 0).sum(axis=1) > 1, (codes >= 0).all(axis=1)
     measures = {'observed agreement': (_observed, several), "Fleiss' kappa": (_fleiss, complete), "Krippendorff's alpha": (_alpha, several)}
@@ -575,7 +571,7 @@ def plot_agreement(
     people=(),            # names of the annotators: pairs of two of them get a colour of their own
     ax=None,              # axes to draw on; None makes new ones
 ):
-    "Cohen's kappa of every pair of raters with its interval, people with each other and with judges"
+    "Cohen's kappa of every pair of raters with its interval; two people in one colour, pairs with a judge in another"
     ax = ax or plt.subplots(figsize=(5, .9 + .3*len(pairs)), layout='constrained')[1]
     human = pairs.x.isin(people) & pairs.y.isin(people)
     pairs = pairs.assign(human=human).sort_values(['human', 'kappa'], ascending=[False, False]).reset_index(drop=True)
@@ -586,7 +582,7 @@ def plot_agreement(
     ax.axvline(0, color='grey', lw=.8, ls=':')
     ax.invert_yaxis()
     if human.any(): ax.legend(fontsize='small')
-    ax.set(title='Agreement of raters, with 95% intervals', xlabel="Cohen's kappa (0: chance, 1: always)")
+    ax.set(title='Agreement of raters, with intervals', ylabel='two raters', xlabel="Cohen's kappa (0: chance, 1: always)")
     return ax
 
 # %% ../nbs/10_human.ipynb #c983c585

@@ -84,10 +84,11 @@ def test_sides_are_balanced_differ_between_annotators_and_never_change(tmp_path)
 
 
 def test_the_page_is_told_texts_and_nothing_else(tmp_path):
-    "Neither policies, ids nor the names a and b reach the browser"
+    "Neither policies, ids nor the names a and b reach the browser, by any of what the widget holds in common with it [fails when the pair's ids go with the view]"
     rows = pairs().assign(id=[f'secret-{i}' for i in range(8)], policy_a='secret')
-    state = json.dumps(VotePage(Annotation(rows, tmp_path, 'ann')).get_state(['view', 'actions']))
-    assert 'secret' not in state and 'good answer' in state
+    page = VotePage(Annotation(rows, tmp_path, 'ann'))
+    state = json.dumps(page.get_state(), default=str)
+    assert 'secret' not in state and 'good answer' in state and not {'a', 'b', 'id', 'policy_a'} & set(page.view)
 
 
 def test_same_texts_are_asked_once_and_identical_answers_never(tmp_path):
@@ -325,7 +326,10 @@ def test_undefined_agreement_is_nan_and_not_a_number():
     p = pairwise_agreement(same, n_resamples=9)
     assert p.kappa.isna().all() and p.n.tolist() == [9, 0, 0]
     assert agreement(pd.DataFrame(dict(x=['a', 'b', None], y=[None, None, 'a'])), n_resamples=9).value.isna().all()
-    with pytest.raises(UserError, match='needs two raters'): agreement(same[['x']])
+    nobody = pd.DataFrame(dict(x=[None]*3, y=[None]*3))   # all skipped
+    assert agreement(nobody, n_resamples=9).value.isna().all() and pairwise_agreement(nobody, n_resamples=9).kappa.isna().all()
+    for f in (agreement, pairwise_agreement):
+        with pytest.raises(UserError, match='needs two raters'): f(same[['x']])
 
 
 def test_perfect_and_independent_raters():
