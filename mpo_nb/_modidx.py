@@ -311,6 +311,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mpo_nb.judge.Store.add': ('judge.html#store.add', 'mpo_nb/judge.py'),
                               'mpo_nb.judge.Unreadable': ('judge.html#unreadable', 'mpo_nb/judge.py'),
                               'mpo_nb.judge._all_rows': ('judge.html#_all_rows', 'mpo_nb/judge.py'),
+                              'mpo_nb.judge._answer': ('judge.html#_answer', 'mpo_nb/judge.py'),
                               'mpo_nb.judge._by_scores': ('judge.html#_by_scores', 'mpo_nb/judge.py'),
                               'mpo_nb.judge._check_rows': ('judge.html#_check_rows', 'mpo_nb/judge.py'),
                               'mpo_nb.judge._chosen': ('judge.html#_chosen', 'mpo_nb/judge.py'),

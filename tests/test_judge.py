@@ -24,7 +24,7 @@ import judge_server
 from judge_server import Server, best
 from mpo_nb.data import UserError, data_path
 from mpo_nb.evaluate import a_first, compare, length_check, swap
-from mpo_nb.judge import (FORMATS, LLMJudge, Meter, Question, Store, TASKS, TEMPLATE, Unreadable, agreement, combine, fill, judge_command, position_bias, read_answers,
+from mpo_nb.judge import (FORMATS, LLMJudge, Meter, Question, Store, TASKS, TEMPLATE, Unreadable, _unswapped, agreement, combine, fill, judge_command, position_bias, read_answers,
                           read_verdict, self_agreement)
 
 pytestmark = pytest.mark.filterwarnings('error::UserWarning')
@@ -271,6 +271,7 @@ def test_item67_swapping_back():
         one, other = combine(ab, ba), combine(swap(ab), swap(ba))
         assert other['verdict'] == swap(one['verdict']) and other['flipped'] == one['flipped']
         assert one['verdict'] == ('failed' if 'failed' in (ab, ba) else ab if ab == ba else 'tie')
+    assert [_unswapped(v, o) for o in ('ab', 'ba') for v in ('A', 'B', 'tie')] == ['a', 'b', 'tie', 'b', 'a', 'tie']
 
 
 def test_item68_both_directions_add_to_one():
@@ -295,6 +296,17 @@ def test_item69_a_judge_that_likes_length():
 
 
 # ---- the store and the budget
+
+def test_a_paid_answer_is_kept_whatever_it_holds_and_however_its_line_ends(tmp_path):
+    "Half a surrogate pair in a reply; a last line that lacks only its line break [fails when the file is opened without `errors`, and when every unended line is cut off]"
+    path, answer = tmp_path/'a.jsonl', dict(key='k', label='A', reply='\ud83d')
+    with Store(path) as s: s.add(answer)
+    assert read_answers(path) == {'k': answer}
+    path.write_bytes(path.read_bytes()[:-1])
+    assert read_answers(path) == {'k': answer}
+    with Store(path) as s: s.add(dict(answer, key='l'))
+    assert [*read_answers(path)] == ['k', 'l'] and path.read_bytes().count(b'\n') == 2
+
 
 def test_half_a_line_at_the_end_is_cut_off(tmp_path):
     "[fails when it is left in, so that the next answer is glued to it]"
@@ -434,6 +446,7 @@ def test_the_key_goes_to_the_server_and_nowhere_else(tmp_path, capsys, caplog):
             failed = LLMJudge('other', base_url=server.url)
             reason = failed(rows).reason[0]
     assert 'refused the key' in reason and KEY not in reason
+    for n in range(150, 201): assert KEY[:4] not in failed._reason(ValueError('x' * n + KEY)).replace('x', '')   # cut anywhere in it
     for f in out.rglob('*'):
         if f.is_file(): assert KEY.encode() not in f.read_bytes(), f
     shown = capsys.readouterr()
@@ -528,7 +541,7 @@ def test_mpo_judge_says_what_failed(completions, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('args, why', [(['{file}'], 'model'), (['{file}', '--model', 'm', '--colour', 'red'], 'colour'), (['nothing.jsonl', '--model', 'm'], 'does not exist'), (['{file}', '--model', 'm', '--policies', '[x]'], "no policy 'x'"),
-                                       (['{file}', '--model', 'm', '--template-file', 'no.txt'], 'no.txt does not exist'), (['{file}', '--model', 'm', '--task', 'x'], "task 'x'"), (['--model', 'm'], 'first say which')])
+                                       (['{file}', '--model', 'm', '--template-file', 'no.txt'], 'no.txt does not exist'), (['{file}', '--model', 'm', '--task', 'x'], "task 'x'"), (['{file}', '--model', 'm', '--policies', '[new]'], 'a comparison needs two'), (['--model', 'm'], 'first say which')])
 def test_mpo_judge_bad_arguments_are_one_sentence(completions, args, why):
     with pytest.raises(UserError, match=why): judge_command([a.format(file=completions) for a in args])
 
