@@ -10,8 +10,8 @@ __all__ = ['log', 'VERDICTS', 'EVAL_USAGE', 'best_of_n', 'best_of_n_kl', 'kl_to_
            'score_judge', 'tally', 'wilson_ci', 'sign_test', 'rate_ci', 'bradley_terry', 'Comparison', 'compare',
            'completions_table', 'compare_scores', 'length_check', 'best_of_n_means', 'fit_frontier', 'plot_gold_proxy',
            'checkpoint_policies', 'frontier_table', 'stepwise_kl', 'rouge', 'disagreement', 'plot_comparison',
-           'latex_table', 'results_page', 'read_completions', 'common_prompts', 'lengths_table', 'text_table',
-           'write_comparison', 'dashes', 'parse_options', 'eval_command']
+           'latex_table', 'page_template', 'results_page', 'read_completions', 'common_prompts', 'lengths_table',
+           'text_table', 'write_comparison', 'dashes', 'parse_options', 'eval_command']
 
 # %% ../nbs/08_evaluate.ipynb #3cb07f32
 import base64, hashlib, html, io, json, logging, re, warnings
@@ -831,10 +831,12 @@ def latex_table(
 )->str:            # needs \usepackage{booktabs}
     "The table of a comparison for a paper"
     def row(r): return {'A': r.a, 'B': r.b, 'wins': r.wins, 'ties': r.ties, 'losses': r.losses, 'win rate': f'{r.win_rate:.3f} [{r.lo:.3f}, {r.hi:.3f}]', 'p (Holm)': f'{r.p_holm:.2g}'}
-    safe = lambda s: re.sub(r'([&%$#_{}])', r'\\\1', str(s).replace('\\', r'\textbackslash ')).replace('~', r'\textasciitilde ').replace('^', r'\textasciicircum ')
-    rows = [row(r) for r in c.table.itertuples()]
-    lines = [' & '.join(map(safe, cells)) + r' \\' for cells in ([*rows[0]], *[r.values() for r in rows])]
-    return '\n'.join([r'\begin{tabular}{llrrrlr}', r'\toprule', lines[0], r'\midrule', *lines[1:], r'\bottomrule', r'\end{tabular}'])
+    return pd.DataFrame(map(row, c.table.itertuples())).to_latex(index=False, escape=True, column_format='llrrrlr').strip()
+
+def page_template(name:str): # file in the package
+    "A page to render; every value put into it is escaped"
+    import jinja2
+    return jinja2.Environment(loader=jinja2.PackageLoader('mpo_nb', ''), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True).get_template(name)
 
 def results_page(
     comparisons:dict,   # name of a judge -> its `Comparison`
@@ -845,11 +847,9 @@ def results_page(
     max_chars:int=4000, # longer texts are cut and end in …
 )->str:                 # HTML, self-contained
     "Plots, tables, checks, and samples side by side sorted by disagreement between judges"
-    import jinja2
-    env = jinja2.Environment(loader=jinja2.PackageLoader('mpo_nb', ''), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     judges = [dict(name=k, c=c, image=_svg(plot_comparison(c).figure), latex=latex_table(c), pairs=c.table.to_dict('records'),
                    ranking=[] if c.ranking is None else c.ranking.reset_index().to_dict('records')) for k, c in comparisons.items()]
-    return env.get_template('results.html.jinja').render(title=title, judges=judges, checks=checks or {}, samples=_samples(comparisons, df, n, max_chars), total=len(disagreement(comparisons)))
+    return page_template('results.html.jinja').render(title=title, judges=judges, checks=checks or {}, samples=_samples(comparisons, df, n, max_chars), total=len(disagreement(comparisons)))
 
 def _samples(comparisons, df, n, max_chars):
     "The most disputed rows with their texts and what each judge said"

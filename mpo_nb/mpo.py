@@ -773,7 +773,7 @@ def stage_mpo(r, run, out, progress): return _train_ppo(r, run, out, progress, '
 # %% ../nbs/11_mpo.ipynb #46bdaf3e
 def stage_eval(r, run, out, progress):
     "One sample of every policy for every held-out prompt, scored by the judge and by the reward model; `completions.parquet` in the run folder"
-    from mpo_nb.evaluate import add_scores, evaluate_policies, summarize, win_rates
+    from mpo_nb.evaluate import add_scores, compare_scores, evaluate_policies, summarize
     from mpo_nb.reward import RewardModel
     judge, judge_name = the_judge(r, run)
     sft, tok = _load(run/'sft')
@@ -783,7 +783,9 @@ def stage_eval(r, run, out, progress):
                            max_new_tokens=r.data.max_completion_length, temperature=r.eval.temperature, seed=stage_seed(r, 'eval'), batch_size=r.eval.batch_size)
     df = add_scores(df, RewardModel.load(run/'reward'), 'reward')
     with replacing(run/'completions.parquet') as tmp: df.to_parquet(tmp, index=False)
-    summary = dict(n_prompts=int(df.prompt_id.nunique()), judge=judge_name, policies=summarize(df), win_rates=win_rates(df))
+    pairs = compare_scores(df).table
+    rates = [dict(r, ci=[lo, hi]) for r, lo, hi in zip(pairs[['a', 'b', 'wins', 'ties', 'losses', 'win_rate']].to_dict('records'), pairs.lo, pairs.hi)]
+    summary = dict(n_prompts=int(df.prompt_id.nunique()), judge=judge_name, policies=summarize(df), win_rates=rates)
     _write_json(out/'summary.json', summary)
     return dict(mpo=summary['policies']['mpo']['score'], sft=summary['policies']['sft']['score'])
 
@@ -1054,11 +1056,6 @@ KL_TEXT = 'Mean score of each policy on the held-out prompts against its distanc
 WIN_TEXT = 'On which share of the held-out prompts the policy of the row scores higher than that of the column (ties count half).'
 
 # %% ../nbs/11_mpo.ipynb #361f44af
-def _template(name):
-    "A page of the package; every value put into it is escaped"
-    import jinja2
-    return jinja2.Environment(loader=jinja2.PackageLoader('mpo_nb', ''), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True).get_template(name)
-
 def sample_cards(
     df,          # completions.parquet
     n: int,      # Prompts to show: the first ones, not chosen by anyone
@@ -1086,11 +1083,12 @@ def report(
 ) -> str:       # HTML
     "The report of a run, from its files alone"
     import pandas as pd
+    from mpo_nb.evaluate import page_template
     run = Path(run)
     recipe, e = yaml.safe_load((run/'recipe.yaml').read_text(encoding='utf-8')), read_json(run/'evaluation.json')
     df = pd.read_parquet(run/'completions.parquet')
     pairs, strengths = pair_table(df, e)
-    return _template('report.html.jinja').render(recipe=recipe, recipe_yaml=(run/'recipe.yaml').read_text(encoding='utf-8'), e=e, environment=read_json(run/'environment.json'), plots=report_plots(run),
+    return page_template('report.html.jinja').render(recipe=recipe, recipe_yaml=(run/'recipe.yaml').read_text(encoding='utf-8'), e=e, environment=read_json(run/'environment.json'), plots=report_plots(run),
                            cards=sample_cards(df, recipe['eval']['samples']), data=read_json(run/'data'/'stage.json')['metrics'],
                            wins={w['a']: w for w in e['win_rates'] if w['b'] == 'sft'}, pairs=pairs, strengths=strengths, sampling=df.attrs)
 
@@ -1190,6 +1188,7 @@ def gaps_report(
     run: Path,  # Folder of `mpo gaps`
 ) -> str:       # HTML
     "The report of scored pairs, from the folder's files alone"
+    from mpo_nb.evaluate import page_template
     from mpo_nb.gap import calibration, extreme_pairs, gap_correlations, plot_gaps, plot_reliability
     run = Path(run)
     ds, recipe = _parquet(run/'gaps.parquet'), yaml.safe_load((run/'recipe.yaml').read_text(encoding='utf-8'))
@@ -1198,7 +1197,7 @@ def gaps_report(
     words = lambda c: c.str.split().str.len().mean()
     rows = {k: dict(pairs=len(d), lowest=d.gap.min(), highest=d.gap.max(), chosen=words(d.chosen), rejected=words(d.rejected)) for k, d in sets.groupby('set')}
     images = [_image(_drawn(lambda ax: plot_gaps(ds, ax=ax), (5, 3.2))), _image(_drawn(lambda ax: plot_reliability(tables, ax=ax), (5, 3.6)))]
-    return _template('gaps.html.jinja').render(recipe=recipe, recipe_yaml=(run/'recipe.yaml').read_text(encoding='utf-8'), environment=read_json(run/'environment.json'), s=s, rows=rows, images=images,
+    return page_template('gaps.html.jinja').render(recipe=recipe, recipe_yaml=(run/'recipe.yaml').read_text(encoding='utf-8'), environment=read_json(run/'environment.json'), s=s, rows=rows, images=images,
                                                features=gap_correlations(ds).to_dict('index'), pairs=extreme_pairs(ds, 3).to_dict('records'), noise=_noise(run), data=read_json(run/'score'/'stage.json')['metrics'])
 
 # %% ../nbs/11_mpo.ipynb #cee2aabd
