@@ -1,7 +1,8 @@
 "Settings of every test: offline, quiet, two threads; and the fixtures that several files use."
 import os
 
-os.environ.update(HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false', HF_HUB_DISABLE_PROGRESS_BARS='1', TRANSFORMERS_VERBOSITY='error')
+os.environ.update(HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false', HF_HUB_DISABLE_PROGRESS_BARS='1',
+                  TRANSFORMERS_VERBOSITY='error')
 
 import pytest
 import torch
@@ -34,5 +35,5 @@ def one_thread():
 @pytest.fixture
 def own_random_state():
     "A test that neither depends on nor changes the random numbers of others"
-    from mpo_nb.logprobs import seeded
+    from mpo_nb.sampling import seeded
     with seeded(0): yield

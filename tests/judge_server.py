@@ -1,4 +1,5 @@
-"A scripted OpenAI-compatible server on 127.0.0.1 that goes wrong where it is told to, and writes down what it was asked."
+"""A scripted OpenAI-compatible server on 127.0.0.1 that goes wrong where it is told to, and writes down what it
+was asked."""
 import json
 import re
 import socket
@@ -22,7 +23,8 @@ def best(prompt, a, b):
 
 
 class Server(ThreadingHTTPServer):
-    """`faults`: row -> list of faults, one for each request about that row in one order, before it is answered well; a last '...' repeats the one before it.
+    """`faults`: row -> list of faults, one for each request about that row in one order, before it is answered
+    well; a last '...' repeats the one before it.
     `refuses`: names of parameters that are answered by 400."""
     daemon_threads, request_queue_size = True, 128
 
@@ -71,10 +73,12 @@ class Handler(BaseHTTPRequestHandler):
         question = row_of(prompt), a, b
         with s.lock: s.requests.append((question, body, self.headers['Authorization']))
         if refused := next((p for p in body if p in s.refuses), None):
-            return self.error(400, f"Unsupported parameter: '{refused}' is not supported with this model.", param=refused)
+            return self.error(400, f"Unsupported parameter: '{refused}' is not supported with this model.",
+                              param=refused)
         if s.delay: time.sleep(s.delay)
         fault = s.fault(question)
-        getattr(self, f'f_{fault}', lambda *_: self.error(int(fault), f'scripted {fault}'))(question, body, s.verdict(prompt, a, b))
+        getattr(self, f'f_{fault}',
+                lambda *_: self.error(int(fault), f'scripted {fault}'))(question, body, s.verdict(prompt, a, b))
 
     def f_None(self, question, body, label):
         "A good reply"
@@ -90,7 +94,9 @@ class Handler(BaseHTTPRequestHandler):
     def f_cut(self, question, body, label):
         "Half of the body, then the connection is closed"
         self.send_response(200)
-        self.send_header('Content-Type', 'application/json'); self.send_header('Content-Length', '1000'); self.end_headers()
+        self.send_header('Content-Type', 'application/json')
+        self.send_header('Content-Length', '1000')
+        self.end_headers()
         self.wfile.write(b'{"id": "1", "choices": [{"message": {"content": "[[B]]')
         self.close_connection = True
 
@@ -102,17 +108,21 @@ class Handler(BaseHTTPRequestHandler):
         if room <= 64: return self.chat('{"reason": "[[B]]', finish='length')
         self.f_None(question, body, label)
 
-    def f_body(self, question, body, label): self.send('{"choices": [{"mess', 200)      # a whole HTTP body that is not JSON
+    # a whole HTTP body that is not JSON
+    def f_body(self, question, body, label): self.send('{"choices": [{"mess', 200)
 
-    def f_nochoices(self, question, body, label): self.send(json.dumps(dict(id='1', object='chat.completion', created=0, model='m', choices=[])), 200)
+    def f_nochoices(self, question, body, label):
+        self.send(json.dumps(dict(id='1', object='chat.completion', created=0, model='m', choices=[])), 200)
 
     def f_json(self, question, body, label): self.chat('{"reason": "x", "verdict": "A", "verdict": "B"}')
 
     def f_prose(self, question, body, label): self.chat('not A')
 
     def chat(self, content, finish='stop'):
-        self.send(json.dumps(dict(id='1', object='chat.completion', created=0, model='served-model', usage=dict(prompt_tokens=100, completion_tokens=10, total_tokens=110),
-                                  choices=[dict(index=0, finish_reason=finish, message=dict(role='assistant', content=content))])), 200)
+        self.send(json.dumps(dict(id='1', object='chat.completion', created=0, model='served-model',
+                                  usage=dict(prompt_tokens=100, completion_tokens=10, total_tokens=110),
+                                  choices=[dict(index=0, finish_reason=finish,
+                                                message=dict(role='assistant', content=content))])), 200)
 
     def error(self, status, message, **kw): self.send(json.dumps(dict(error=dict(message=message, **kw))), status)
 
@@ -120,6 +130,8 @@ class Handler(BaseHTTPRequestHandler):
         data = text.encode()
         with self.server.lock: self.server.replies[status] += 1
         self.send_response(status)
-        self.send_header('Content-Type', 'application/json'); self.send_header('Content-Length', str(len(data))); self.send_header('retry-after-ms', '5')
+        self.send_header('Content-Type', 'application/json')
+        self.send_header('Content-Length', str(len(data)))
+        self.send_header('retry-after-ms', '5')
         self.end_headers()
         self.wfile.write(data)

@@ -1,12 +1,16 @@
-"Preference data: every kind of bad input, the HH-RLHF and TL;DR contracts, the Hub path, conservation of rows on the real files"
+"""Preference data: every kind of bad input, the HH-RLHF and TL;DR contracts, the Hub path, conservation of rows
+on the real files"""
 import gzip, json, os, subprocess, sys
 from pathlib import Path
 
 import datasets, pandas as pd, pytest
 from datasets import Dataset, load_dataset
 
-from mpo_nb.data import (TURN, UserError, comparison_pair, data_path, hh_pair, load_preferences, problem, read_source, replacing,
-                         save_preferences, split_by_prompt, split_dialogue, tldr_pair)
+from mpo_nb.core import UserError, replacing
+from mpo_nb.data import (
+    TURN, comparison_pair, data_path, hh_pair, load_preferences, problem, read_source, save_preferences,
+    split_by_prompt, split_dialogue, tldr_pair
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 GOOD = dict(prompt='2+2?', chosen=' 4', rejected=' 5')
@@ -24,14 +28,16 @@ def fails(source, *words, **kwargs):
     for w in words: assert w in text, (w, text)
     assert '\n' not in text and text.endswith('.') and len(text)<600, text
 
-# --- files that cannot be used ---------------------------------------------------------------------------------------------
+# --- files that cannot be used
+# ---------------------------------------------------------------------------------------------
 
 def test_missing_file(tmp_path):
     fails(tmp_path/'none.jsonl', 'none.jsonl', 'does not exist')
     fails(str(tmp_path/'none'), 'does not exist')
     fails('none.parquet', 'none.parquet', 'does not exist')
 
-@pytest.mark.parametrize('name,content', [('a.jsonl', ''), ('a.jsonl', '\n \n'), ('a.json', ''), ('a.json', '[]'), ('a.csv', ''), ('a.csv', 'prompt,chosen,rejected\n')])
+@pytest.mark.parametrize('name,content', [('a.jsonl', ''), ('a.jsonl', '\n \n'), ('a.json', ''), ('a.json', '[]'),
+                                          ('a.csv', ''), ('a.csv', 'prompt,chosen,rejected\n')])
 def test_empty_file(tmp_path, name, content):
     (tmp_path/name).write_text(content)
     fails(tmp_path/name, name, 'no rows')
@@ -55,12 +61,15 @@ def test_broken_line_in_gz(tmp_path):
     fails(tmp_path/'a.jsonl.gz', 'a.jsonl.gz', 'line 2')
 
 @pytest.mark.parametrize('line', ['[1, 2]', '"text"', '3', 'null'])
-def test_line_that_is_no_object(tmp_path, line): fails(write(tmp_path/'a.jsonl', [GOOD, line]), 'a.jsonl', 'line 2', 'not a JSON object')
+def test_line_that_is_no_object(tmp_path, line):
+    fails(write(tmp_path/'a.jsonl', [GOOD, line]), 'a.jsonl', 'line 2', 'not a JSON object')
 
 def test_broken_json_file(tmp_path):
-    fails(write(tmp_path/'a.json', ['[', json.dumps(GOOD)+',', '{"prompt": ', ']']), 'a.json', 'line 4', 'not valid JSON')
+    fails(write(tmp_path/'a.json', ['[', json.dumps(GOOD)+',', '{"prompt": ', ']']), 'a.json', 'line 4',
+          'not valid JSON')
     fails(write(tmp_path/'b.json', [json.dumps([GOOD, 3])]), 'b.json', 'item 2')
-    fails(write(tmp_path/'c.json', [json.dumps(dict(prompt=['a'], chosen=['b'], rejected=['c']))]), 'c.json', 'not a list')
+    fails(write(tmp_path/'c.json', [json.dumps(dict(prompt=['a'], chosen=['b'], rejected=['c']))]),
+          'c.json', 'not a list')
 
 def test_damaged_files(tmp_path):
     whole = gzip.compress((json.dumps(GOOD)*50).encode())
@@ -74,13 +83,16 @@ def test_damaged_files(tmp_path):
 def test_ragged_csv(tmp_path):
     (tmp_path/'a.csv').write_text('prompt,chosen,rejected\na,b,c\na,b,c,d\n')
     fails(tmp_path/'a.csv', 'a.csv', 'cannot be read', 'line 3')
-    (tmp_path/'b.csv').write_text('prompt,chosen,rejected\na,b,c,d\ne,f,g,h\n')  # pandas would take the first column for an index
+    # pandas would take the first column for an index
+    (tmp_path/'b.csv').write_text('prompt,chosen,rejected\na,b,c,d\ne,f,g,h\n')
     fails(tmp_path/'b.csv', 'b.csv', 'more fields')
 
 def test_wrong_columns(tmp_path):
-    fails(write(tmp_path/'a.jsonl', [dict(question='a', answer='b')]), 'a.jsonl', 'question, answer', 'prompt, chosen and rejected')
+    fails(write(tmp_path/'a.jsonl', [dict(question='a', answer='b')]), 'a.jsonl', 'question, answer',
+          'prompt, chosen and rejected')
     fails(write(tmp_path/'b.jsonl', [dict(prompt='a', chosen='b')]), 'b.jsonl', 'prompt, chosen')
-    fails(write(tmp_path/'c.jsonl', [dict(chosen='no', rejected='dialogue')]), 'c.jsonl', 'chosen, rejected', 'Assistant:')
+    fails(write(tmp_path/'c.jsonl', [dict(chosen='no', rejected='dialogue')]), 'c.jsonl',
+          'chosen, rejected', 'Assistant:')
 
 def test_wrong_columns_in_a_folder_name_the_file(tmp_path):
     write(tmp_path/'a.jsonl', [GOOD]), write(tmp_path/'deep/b.jsonl', [dict(x=1)])
@@ -88,15 +100,18 @@ def test_wrong_columns_in_a_folder_name_the_file(tmp_path):
 
 def test_chat_messages(tmp_path):
     chat = [dict(role='user', content='a'), dict(role='assistant', content='b')]
-    fails(write(tmp_path/'a.jsonl', [dict(prompt='a', chosen=chat, rejected=chat)]), 'a.jsonl', 'chat', 'apply_chat_template')
+    fails(write(tmp_path/'a.jsonl', [dict(prompt='a', chosen=chat, rejected=chat)]), 'a.jsonl', 'chat',
+          'apply_chat_template')
 
 def test_unknown_kind(tmp_path):
     (tmp_path/'a.txt').write_text('x')
     fails(tmp_path/'a.txt', 'a.txt', '.jsonl')
 
 def test_all_rows_set_aside(tmp_path):
-    fails(write(tmp_path/'a.jsonl', [{**GOOD, 'chosen':''}, {**GOOD, 'chosen':' 5'}, {**GOOD, 'rejected':' '}, {**GOOD, 'chosen':''}]),
-          'a.jsonl', '4 set aside', '2 chosen is empty', 'row 1', '1 equal completions', 'row 2', '1 rejected is empty', 'row 3')
+    fails(write(tmp_path/'a.jsonl',
+                [{**GOOD, 'chosen':''}, {**GOOD, 'chosen':' 5'}, {**GOOD, 'rejected':' '}, {**GOOD, 'chosen':''}]),
+          'a.jsonl', '4 set aside', '2 chosen is empty', 'row 1', '1 equal completions', 'row 2',
+          '1 rejected is empty', 'row 3')
 
 def test_split_and_subset_that_are_not_there(tmp_path):
     write(tmp_path/'x/test.jsonl', [GOOD])
@@ -106,11 +121,14 @@ def test_split_and_subset_that_are_not_there(tmp_path):
     fails(tmp_path/'x/test.jsonl', 'one file', 'subset', subset='x')
     fails(tmp_path, 'max_rows', max_rows=0)
 
-# --- rows that are set aside -----------------------------------------------------------------------------------------------
+# --- rows that are set aside
+# -----------------------------------------------------------------------------------------------
 
-BAD = [({**GOOD, 'prompt':None}, 'prompt is missing'), (dict(prompt='a', chosen='b'), 'rejected is missing'), ({**GOOD, 'chosen':7}, 'chosen is not text'),
-       ({**GOOD, 'rejected':['a']}, 'rejected is not text'), ({**GOOD, 'prompt':True}, 'prompt is not text'), ({**GOOD, 'prompt':' \n'}, 'prompt is empty'),
-       ({**GOOD, 'chosen':''}, 'chosen is empty'), ({**GOOD, 'rejected':'\t'}, 'rejected is empty'), ({**GOOD, 'chosen':' 5'}, 'equal completions'),
+BAD = [({**GOOD, 'prompt':None}, 'prompt is missing'), (dict(prompt='a', chosen='b'), 'rejected is missing'),
+       ({**GOOD, 'chosen':7}, 'chosen is not text'), ({**GOOD, 'rejected':['a']}, 'rejected is not text'),
+       ({**GOOD, 'prompt':True}, 'prompt is not text'), ({**GOOD, 'prompt':' \n'}, 'prompt is empty'),
+       ({**GOOD, 'chosen':''}, 'chosen is empty'), ({**GOOD, 'rejected':'\t'}, 'rejected is empty'),
+       ({**GOOD, 'chosen':' 5'}, 'equal completions'),
        ({**GOOD, 'chosen':' 5 '}, 'equal completions'), ({**GOOD, 'chosen':'\ud800'}, 'chosen is not valid Unicode')]
 
 @pytest.mark.parametrize('row,why', BAD)
@@ -134,7 +152,8 @@ def test_count_is_logged_in_one_line(tmp_path, caplog):
     f = write(tmp_path/'a.jsonl', [GOOD, {**GOOD, 'chosen':''}, {**GOOD, 'chosen':''}])
     load_preferences(f)
     (record,) = [r for r in caplog.records if r.name=='mpo_nb']
-    assert record.levelname=='WARNING' and record.getMessage()=='a.jsonl: 1 pairs kept, 2 set aside: 2 chosen is empty (first: row 2 of a.jsonl)'
+    assert (record.levelname=='WARNING' and record.getMessage()
+            =='a.jsonl: 1 pairs kept, 2 set aside: 2 chosen is empty (first: row 2 of a.jsonl)')
 
 def test_no_aside_is_an_empty_set(tmp_path):
     _, aside = load_preferences(write(tmp_path/'a.jsonl', [GOOD]), aside=True)
@@ -147,7 +166,8 @@ def test_further_columns_are_kept_in_place(tmp_path):
     ds = load_preferences(write(tmp_path/'a.jsonl', rows))
     for r in ds:
         source = rows[r['row']-1]
-        assert (r['prompt'], r['score'], r['meta'], r['late']) == (source['prompt'], source['score'], source['meta'], source.get('late'))
+        assert (r['prompt'], r['score'], r['meta'],
+                r['late']) == (source['prompt'], source['score'], source['meta'], source.get('late'))
     assert len(ds)==19
 
 def test_mixed_types_of_a_further_column_become_json(tmp_path):
@@ -168,11 +188,13 @@ def test_csv_short_row_is_set_aside(tmp_path):
     kept, aside = load_preferences(tmp_path/'a.csv', aside=True)
     assert len(kept)==1 and list(zip(aside['row'], aside['reason'])) == [(2, 'rejected is empty')]
 
-# --- kinds of file -----------------------------------------------------------------------------------------------------------
+# --- kinds of file
+# -----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('name', ['a.jsonl', 'a.jsonl.gz', 'a.csv', 'a.csv.gz', 'a.parquet'])
 def test_save_and_load(tmp_path, name):
-    ds = Dataset.from_list([dict(prompt=f'Frage, "{i}"\n/é', chosen=f' ja {i}', rejected=' nein', gap=i/4) for i in range(5)]).select([3,1,4])
+    ds = Dataset.from_list([dict(prompt=f'Frage, "{i}"\n/é', chosen=f' ja {i}', rejected=' nein', gap=i/4)
+                            for i in range(5)]).select([3,1,4])
     back = load_preferences(save_preferences(ds, tmp_path/name))
     assert [{k:r[k] for k in ds.column_names} for r in back]==ds.to_list()
 
@@ -182,17 +204,21 @@ def test_source_of_a_saved_set_survives(tmp_path):
     assert (again['file'][0], again['row'][0])==('a.jsonl', 2)
 
 def test_json_kinds(tmp_path):
-    for i,text in enumerate([json.dumps([GOOD, GOOD], indent=1), json.dumps(GOOD)+'\n'+json.dumps(GOOD), '\ufeff'+json.dumps([GOOD, GOOD])]):
+    for i,text in enumerate([json.dumps([GOOD, GOOD], indent=1), json.dumps(GOOD)+'\n'+json.dumps(GOOD),
+                             '\ufeff'+json.dumps([GOOD, GOOD])]):
         (tmp_path/f'{i}.json').write_text(text, encoding='utf-8')
         assert len(load_preferences(tmp_path/f'{i}.json'))==2, i
     (tmp_path/'one.json').write_text(json.dumps(GOOD))
     assert len(load_preferences(tmp_path/'one.json'))==1
 
 def test_folder(tmp_path):
-    write(tmp_path/'x/train.jsonl', [GOOD]), write(tmp_path/'x/test.jsonl', [GOOD, {**GOOD, 'chosen':''}]), write(tmp_path/'train-00001.jsonl', [dict(chosen=f'{ASK} a', rejected=f'{ASK} b')])
-    write(tmp_path/'.hidden/a.jsonl', ['broken']), write(tmp_path/'dataset_infos.json', ['{}']), (tmp_path/'notes.txt').write_text('x')
+    (write(tmp_path/'x/train.jsonl', [GOOD]), write(tmp_path/'x/test.jsonl', [GOOD, {**GOOD, 'chosen':''}]),
+     write(tmp_path/'train-00001.jsonl', [dict(chosen=f'{ASK} a', rejected=f'{ASK} b')]))
+    (write(tmp_path/'.hidden/a.jsonl', ['broken']), write(tmp_path/'dataset_infos.json', ['{}']),
+     (tmp_path/'notes.txt').write_text('x'))
     ds, aside = load_preferences(tmp_path, aside=True)
-    assert sorted(zip(ds['file'], ds['subset'], ds['row']))==[('train-00001.jsonl', '', 1), ('x/test.jsonl', 'x', 1), ('x/train.jsonl', 'x', 1)]
+    assert (sorted(zip(ds['file'], ds['subset'], ds['row']))
+            ==[('train-00001.jsonl', '', 1), ('x/test.jsonl', 'x', 1), ('x/train.jsonl', 'x', 1)])
     assert (aside['file'][0], aside['row'][0])==('x/test.jsonl', 2)
     assert set(load_preferences(tmp_path, split='train')['file'])=={'train-00001.jsonl', 'x/train.jsonl'}
     assert set(load_preferences(tmp_path, subset='x')['file'])=={'x/test.jsonl', 'x/train.jsonl'}
@@ -205,7 +231,8 @@ def test_max_rows_is_spread_and_counts_rows_looked_at(tmp_path):
     assert rows[0]<=5 and rows[-1]>=95 and max(b-a for a,b in zip(rows, rows[1:]))==5
     assert len(load_preferences(f, max_rows=1000))==75
 
-# --- HH-RLHF (known defects 57, 58) ------------------------------------------------------------------------------------------
+# --- HH-RLHF (known defects 57, 58)
+# ------------------------------------------------------------------------------------------
 
 def test_multi_turn_prompt_ends_at_the_last_shared_turn():
     head = f'{ASK} About what?\n\nHuman: Bees.\n\nAssistant:'
@@ -222,11 +249,14 @@ def test_prompts_that_differ(chosen, rejected):
     assert hh_pair(row)==(row, 'prompts differ')
 
 @pytest.mark.parametrize('chosen,rejected,why', [
-    (ASK, f'{ASK} b', 'chosen is empty'), (f'{ASK} b', f'{ASK} ', 'rejected is empty'), (f'{ASK} b', f'{ASK} b', 'equal completions'), (f'{ASK} b', f'{ASK} b\n', 'equal completions'),
-    ('', f'{ASK} b', 'chosen is empty'), (f'{ASK} b', None, 'rejected is missing'), (3, f'{ASK} b', 'chosen is not text'), ('x', f'{ASK} b', 'no Assistant turn')])
+    (ASK, f'{ASK} b', 'chosen is empty'), (f'{ASK} b', f'{ASK} ', 'rejected is empty'),
+    (f'{ASK} b', f'{ASK} b', 'equal completions'), (f'{ASK} b', f'{ASK} b\n', 'equal completions'),
+    ('', f'{ASK} b', 'chosen is empty'), (f'{ASK} b', None, 'rejected is missing'),
+    (3, f'{ASK} b', 'chosen is not text'), ('x', f'{ASK} b', 'no Assistant turn')])
 def test_hh_rows_set_aside(chosen, rejected, why): assert hh_pair(dict(chosen=chosen, rejected=rejected))[1]==why
 
-@pytest.mark.parametrize('a,b,why', [('Paris ', 'London', None), ('The sky', 'The sky is blue', None), ('Same', 'Same', 'equal completions'), ('', '', 'equal completions')])
+@pytest.mark.parametrize('a,b,why', [('Paris ', 'London', None), ('The sky', 'The sky is blue', None),
+                                     ('Same', 'Same', 'equal completions'), ('', '', 'equal completions')])
 def test_four_inputs_that_corrupt_extract_prompt(a, b, why, tmp_path):
     assert split_dialogue(ASK+a, ASK+b)==(ASK, a, b)
     new, reason = hh_pair(dict(chosen=ASK+a, rejected=ASK+b))
@@ -236,13 +266,17 @@ def test_four_inputs_that_corrupt_extract_prompt(a, b, why, tmp_path):
     kept, aside = load_preferences(f, aside=True)
     assert (kept['chosen'][0], kept['rejected'][0])==(a, b) if not why else aside['row'][:]==[1]
 
-# --- TL;DR (known defect 59) -------------------------------------------------------------------------------------------------
+# --- TL;DR (known defect 59)
+# -------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('prompt', ['SUBREDDIT: a TITLE: b POST: c', 'SUBREDDIT: r/a\n\nTITLE: b\n\nPOST: c\n\nTL;DR:', 'SUBREDDIT: a POST: c \n', 'Sum up. TL;DR: '])
+@pytest.mark.parametrize('prompt',
+                         ['SUBREDDIT: a TITLE: b POST: c', 'SUBREDDIT: r/a\n\nTITLE: b\n\nPOST: c\n\nTL;DR:',
+                          'SUBREDDIT: a POST: c \n', 'Sum up. TL;DR: '])
 @pytest.mark.parametrize('text', ['TL;DR:  cat', ' cat', 'cat', '\n cat', ' TL;DR: cat', 'TL;DR:cat'])
 def test_tldr_contract(tmp_path, prompt, text):
     ds = load_preferences(write(tmp_path/'a.jsonl', [dict(prompt=prompt, chosen=text, rejected=' dog ')]))
-    assert ds['prompt'][0].endswith('TL;DR:') and ds['prompt'][0].count('TL;DR:')==1 and ds['prompt'][0].startswith(prompt.rstrip())
+    assert (ds['prompt'][0].endswith('TL;DR:') and ds['prompt'][0].count('TL;DR:')==1
+            and ds['prompt'][0].startswith(prompt.rstrip()))
     assert (ds['chosen'][0], ds['rejected'][0])==(' cat', ' dog ')
 
 def test_tldr_set_aside():
@@ -253,29 +287,39 @@ def test_tldr_set_aside():
 INFO = dict(id='t3_1', post='c', title='b', subreddit='a', site=None, article=None)
 def compared(**kw): return {**dict(info=INFO, summaries=[dict(text=' x'), dict(text=' y')], choice=1, worker='w'), **kw}
 
-@pytest.mark.parametrize('row,why', [(compared(), None), (compared(choice=2), 'choice is not one of two summaries'), (compared(choice=None), 'choice is not one of two summaries'),
-    (compared(summaries=[dict(text='x')]), 'choice is not one of two summaries'), (compared(summaries='xy'), 'choice is not one of two summaries'),
-    (compared(info={**INFO, 'post':None, 'article':'news'}), 'no Reddit post'), (compared(info='x'), 'no Reddit post'), (compared(summaries=[dict(text=' x'), dict(text='x')]), 'equal completions'),
+@pytest.mark.parametrize('row,why', [(compared(), None), (compared(choice=2), 'choice is not one of two summaries'),
+                                     (compared(choice=None), 'choice is not one of two summaries'),
+    (compared(summaries=[dict(text='x')]), 'choice is not one of two summaries'),
+    (compared(summaries='xy'), 'choice is not one of two summaries'),
+    (compared(info={**INFO, 'post':None, 'article':'news'}), 'no Reddit post'),
+    (compared(info='x'), 'no Reddit post'),
+    (compared(summaries=[dict(text=' x'), dict(text='x')]), 'equal completions'),
     (compared(summaries=[dict(text=' x'), {}]), 'chosen is missing')])
 def test_openai_comparisons(row, why):
     new, reason = comparison_pair(row)
     assert reason==why
     if why: assert new==row
-    else: assert new=={**row, 'prompt':'SUBREDDIT: r/a\n\nTITLE: b\n\nPOST: c\n\nTL;DR:', 'chosen':' y', 'rejected':' x'}
+    else:
+        assert new=={**row, 'prompt':'SUBREDDIT: r/a\n\nTITLE: b\n\nPOST: c\n\nTL;DR:', 'chosen':' y', 'rejected':' x'}
 
-# --- the Hub (no network here: load_dataset is replaced, or given a local repository) -----------------------------------------
+# --- the Hub (no network here: load_dataset is replaced, or given a local repository)
+# -----------------------------------------
 
 @pytest.fixture
 def hub(monkeypatch):
     calls = []
     def fake(path, **kw):
         calls.append((path, {k:v for k,v in kw.items() if v is not None}))
-        if path=='Anthropic/hh-rlhf': return Dataset.from_list([dict(chosen=f'{ASK} a', rejected=f'{ASK} b'), dict(chosen=ASK, rejected=f'{ASK} b')])
+        if path=='Anthropic/hh-rlhf':
+            return Dataset.from_list([dict(chosen=f'{ASK} a', rejected=f'{ASK} b'),
+                                      dict(chosen=ASK, rejected=f'{ASK} b')])
         if path=='openai/summarize_from_feedback': return Dataset.from_list([compared()])
         if path=='some/empty': return Dataset.from_list([])
         if path=='some/pairs': return Dataset.from_list([GOOD])
-        if path=='trl-lib/tldr-preference': return Dataset.from_list([dict(prompt='SUBREDDIT: r/a\n\nTL;DR:', chosen=' x', rejected=' y')])
-        raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{path}' doesn't exist on the Hub\nor cannot be accessed")
+        if path=='trl-lib/tldr-preference':
+            return Dataset.from_list([dict(prompt='SUBREDDIT: r/a\n\nTL;DR:', chosen=' x', rejected=' y')])
+        raise datasets.exceptions.DatasetNotFoundError(
+            f"Dataset '{path}' doesn't exist on the Hub\nor cannot be accessed")
     monkeypatch.setattr(datasets, 'load_dataset', fake)
     monkeypatch.delenv('MPO_NB_DATA', raising=False)
     return calls
@@ -288,8 +332,12 @@ def test_hub_sources(hub):
     assert load_preferences('tldr', split='validation')['chosen'][:]==[' x']
     assert load_preferences('openai/summarize_from_feedback')['chosen'][:]==[' y']
     load_preferences('some/pairs', subset='cfg', split='train[:1%]')
-    assert hub==[('Anthropic/hh-rlhf', dict(split='train')), ('Anthropic/hh-rlhf', dict(split='test', data_dir='helpful-base')), ('trl-lib/tldr-preference', dict(split='validation')),
-                 ('openai/summarize_from_feedback', dict(split='train', data_dir='comparisons', revision='refs/convert/parquet')), ('some/pairs', dict(split='train[:1%]', name='cfg'))]
+    assert hub==[('Anthropic/hh-rlhf', dict(split='train')),
+                 ('Anthropic/hh-rlhf', dict(split='test', data_dir='helpful-base')),
+                 ('trl-lib/tldr-preference', dict(split='validation')),
+                 ('openai/summarize_from_feedback',
+                  dict(split='train', data_dir='comparisons', revision='refs/convert/parquet')),
+                 ('some/pairs', dict(split='train[:1%]', name='cfg'))]
 
 def test_hub_never_asks_to_trust_remote_code(hub):
     load_preferences('hh-rlhf'); load_preferences('some/pairs')
@@ -311,14 +359,18 @@ def test_openai_repository_layout(tmp_path, monkeypatch):
     "The layout of the Hub's parquet conversion, read by the real `load_dataset` with our arguments"
     for split in ('train', 'validation'):
         (tmp_path/'repo/comparisons'/split).mkdir(parents=True)
-        Dataset.from_list([compared(split=split)]).to_pandas().to_parquet(tmp_path/'repo/comparisons'/split/'0000.parquet')
+        Dataset.from_list([compared(split=split)]).to_pandas().to_parquet(
+            tmp_path/'repo/comparisons'/split/'0000.parquet')
     real = load_dataset
-    monkeypatch.setattr(datasets, 'load_dataset', lambda path, revision=None, **kw: real(str(tmp_path/'repo'), cache_dir=tmp_path/'cache', **kw))
+    monkeypatch.setattr(datasets, 'load_dataset', lambda path, revision=None,
+                        **kw: real(str(tmp_path/'repo'), cache_dir=tmp_path/'cache', **kw))
     assert load_preferences('openai/summarize_from_feedback', split='validation')['split'][:]==['validation']
 
-# --- splits ------------------------------------------------------------------------------------------------------------------
+# --- splits
+# ------------------------------------------------------------------------------------------------------------------
 
-def many(n=400, share=80): return Dataset.from_list([dict(prompt=f'p{i%share}', chosen=f' {i}', rejected=' x', id=i) for i in range(n)])
+def many(n=400, share=80):
+    return Dataset.from_list([dict(prompt=f'p{i%share}', chosen=f' {i}', rejected=' x', id=i) for i in range(n)])
 
 def test_no_prompt_in_two_splits():
     parts = split_by_prompt(many(), test=.25, valid=.25)
@@ -337,15 +389,20 @@ def test_split_depends_on_prompt_and_seed_only():
     assert list(split_by_prompt(ds, test=.2))==['train', 'test']
 
 def test_split_is_the_same_in_another_process():
-    code = "from datasets import Dataset; from mpo_nb.data import split_by_prompt; print(*split_by_prompt(Dataset.from_dict({'prompt':[f'p{i}' for i in range(40)]}), test=.3)['test']['prompt'])"
-    outs = [subprocess.run([sys.executable, '-c', code], env={**os.environ, 'PYTHONHASHSEED':h}, capture_output=True, text=True, check=True).stdout for h in '12']
+    code = ("from datasets import Dataset; from mpo_nb.data import split_by_prompt; "
+            "print(*split_by_prompt(Dataset.from_dict({'prompt':[f'p{i}' for i in "
+            "range(40)]}), test=.3)['test']['prompt'])")
+    outs = [subprocess.run([sys.executable, '-c', code], env={**os.environ, 'PYTHONHASHSEED':h}, capture_output=True,
+                           text=True, check=True).stdout for h in '12']
     assert outs[0]==outs[1] and 3<len(outs[0].split())<25
 
-@pytest.mark.parametrize('kw,word', [(dict(test=1.0), 'less than 1'), (dict(test=.6, valid=.5), 'less than 1'), (dict(test=-.1), 'less than 1'), (dict(test=1e-9), 'test would be empty')])
+@pytest.mark.parametrize('kw,word', [(dict(test=1.0), 'less than 1'), (dict(test=.6, valid=.5), 'less than 1'),
+                                     (dict(test=-.1), 'less than 1'), (dict(test=1e-9), 'test would be empty')])
 def test_split_errors(kw, word):
     with pytest.raises(UserError, match=word): split_by_prompt(many(), **kw)
 
-# --- replacing ---------------------------------------------------------------------------------------------------------------
+# --- replacing
+# ---------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('folder', [False, True])
 @pytest.mark.parametrize('exists', [False, True])
@@ -385,7 +442,8 @@ def test_folder_is_put_back_when_the_rename_fails(tmp_path, monkeypatch):
 
 def test_killed_writer_leaves_the_old_file(tmp_path):
     (tmp_path/'out').write_text('old')
-    code = f"import os, signal\nfrom mpo_nb.data import replacing\nwith replacing({str(tmp_path/'out')!r}) as new:\n    new.write_text('ne'); os.kill(os.getpid(), signal.SIGKILL)"
+    code = (f"import os, signal\nfrom mpo_nb.core import replacing\nwith replacing({str(tmp_path/'out')!r}) as new:\n"
+            f"    new.write_text('ne'); os.kill(os.getpid(), signal.SIGKILL)")
     assert subprocess.run([sys.executable, '-c', code]).returncode==-9
     assert (tmp_path/'out').read_text()=='old'
 
@@ -398,7 +456,8 @@ def test_failed_save_overwrites_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match='No space'): save_preferences(Dataset.from_list([GOOD]), f)
     assert f.read_text()=='old\n' and list(tmp_path.iterdir())==[f]
 
-# --- the real files ----------------------------------------------------------------------------------------------------------
+# --- the real files
+# ----------------------------------------------------------------------------------------------------------
 
 def real(name, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -413,7 +472,8 @@ def test_real_rows_are_conserved(name, n, monkeypatch):
     source = {(f,i):r for f,rows in read_source(path).items() for i,r in rows}
     assert len(kept)+len(aside)==n==len(source)
     assert {*zip(kept['file'], kept['row']), *zip(aside['file'], aside['row'])}==set(source)
-    assert len(aside)<.01*n and not set(aside['reason'])-{'prompts differ', 'equal completions', 'chosen is empty', 'rejected is empty'}
+    assert len(aside)<.01*n and not set(aside['reason'])-{'prompts differ', 'equal completions', 'chosen is empty',
+                                                          'rejected is empty'}
 
 def test_real_hh(monkeypatch):
     path = real('hh-rlhf', monkeypatch)
@@ -422,22 +482,30 @@ def test_real_hh(monkeypatch):
     assert set(kept['subset'])=={'harmless-base', 'helpful-base', 'helpful-online'}
     for r in kept:
         row = source[r['file'], r['row']]
-        assert r['prompt'].endswith(TURN) and r['prompt']+r['chosen']==row['chosen'] and r['prompt']+r['rejected']==row['rejected']
-        assert r['prompt']==row['chosen'][:row['chosen'].rindex(TURN)+len(TURN)]==row['rejected'][:row['rejected'].rindex(TURN)+len(TURN)]
-        assert r['chosen'][0]==r['rejected'][0]==' ' and r['chosen'].strip() and r['rejected'].strip() and r['chosen'].strip()!=r['rejected'].strip()
+        assert (r['prompt'].endswith(TURN) and r['prompt']+r['chosen']==row['chosen']
+                and r['prompt']+r['rejected']==row['rejected'])
+        assert r['prompt']==row['chosen'][:row['chosen'].rindex(TURN)
+                                          +len(TURN)]==row['rejected'][:row['rejected'].rindex(TURN)+len(TURN)]
+        assert (r['chosen'][0]==r['rejected'][0]==' ' and r['chosen'].strip() and r['rejected'].strip()
+                and r['chosen'].strip()!=r['rejected'].strip())
     for r in aside:  # the reason, found another way: the texts after the last turn
-        (p,c), (q,d) = ((t[:t.rindex(TURN)], t[t.rindex(TURN)+len(TURN):].strip()) for t in (r['chosen'], r['rejected']))
-        assert r['reason']==('prompts differ' if p!=q else 'equal completions' if c==d else 'chosen is empty' if not c else 'rejected is empty'), (r['file'], r['row'])
+        (p,c), (q,d) = ((t[:t.rindex(TURN)], t[t.rindex(TURN)+len(TURN):].strip())
+                        for t in (r['chosen'], r['rejected']))
+        assert r['reason']==('prompts differ' if p!=q else 'equal completions' if c==d else 'chosen is empty' if not c
+                             else 'rejected is empty'), (r['file'], r['row'])
 
 def test_real_tldr(monkeypatch):
     ds = load_preferences(real('tldr', monkeypatch))
     assert all(p.endswith('\n\nTL;DR:') and p.count('TL;DR:')==1 for p in ds['prompt']) and len(set(ds['prompt']))==1323
-    assert all(c[0]==' ' and not c[1].isspace() and 'TL;DR:' not in c[:9] for k in ('chosen', 'rejected') for c in ds[k])
+    assert all(c[0]==' ' and not c[1].isspace() and 'TL;DR:' not in c[:9] for k in ('chosen', 'rejected')
+               for c in ds[k])
     parts = split_by_prompt(ds, test=.1, valid=.1)
     assert sum(len(set(p['prompt'])) for p in parts.values())==1323 and .05<len(set(parts['test']['prompt']))/1323<.15
 
 def test_notebook_runs_without_the_real_data(tmp_path):
     "A user's clone has no shared/data: the cells that need it show nothing, and the notebook passes"
-    code = f"from nbdev.test import test_nb as run; ok, seconds = run({str(ROOT/'nbs'/'01_data.ipynb')!r}); raise SystemExit(not ok)"
-    p = subprocess.run([sys.executable, '-c', code], env={**os.environ, 'MPO_NB_DATA':str(tmp_path/'none')}, cwd=ROOT, capture_output=True, text=True)
+    code = (f"from nbdev.test import test_nb as run; ok, "
+            f"seconds = run({str(ROOT/'nbs'/'01_data.ipynb')!r}); raise SystemExit(not ok)")
+    p = subprocess.run([sys.executable, '-c', code], env={**os.environ, 'MPO_NB_DATA':str(tmp_path/'none')}, cwd=ROOT,
+                       capture_output=True, text=True)
     assert p.returncode==0, p.stdout[-2000:]+p.stderr[-2000:]

@@ -1,4 +1,5 @@
-"""DPO: reported defects of other implementations (numbered as in the project's list of known defects) that ours must not have, and parity with TRL 1.16.
+"""DPO: reported defects of other implementations (numbered as in the project's list of known defects) that ours
+must not have, and parity with TRL 1.16.
 
 Each docstring says in brackets which mutation of the code makes the test fail."""
 import copy
@@ -17,10 +18,13 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, MistralConfig, TrainerCallback
 
-from mpo_nb.data import UserError
-from mpo_nb.dpo import ByLength, DPOConfig, dpo_loss, encode_pair, encode_pairs, plain_logps, shared_logps, single_logps
-from mpo_nb.logprobs import collate_pairs, encode_prompt, pair_rows, shared_mask, single_rows
-from util import (KINDS, AtTheEnd, TableLM, bpe, distance, dpo_trainer, end_state, fingerprint, in_a_new_process, logged, pad_is_eos, row_logps, tiny, toy_pairs, toy_tokenizer, weights)
+from mpo_nb.core import UserError
+from mpo_nb.pairs import ByLength, encode_pair, encode_pairs, plain_logps, shared_logps, single_logps
+from mpo_nb.dpo import DPOConfig, dpo_loss
+from mpo_nb.logprobs import encode_prompt
+from mpo_nb.pairs import collate_pairs, packed_rows, shared_mask, single_rows
+from util import (KINDS, AtTheEnd, TableLM, bpe, distance, dpo_trainer, end_state, fingerprint, in_a_new_process,
+                  logged, pad_is_eos, row_logps, tiny, toy_pairs, toy_tokenizer, weights)
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'own_random_state')
 
@@ -32,7 +36,8 @@ PAIRS = [dict(prompt_ids=[5, 6, 7], chosen_ids=[21, 22, 23, 1], rejected_ids=[24
 
 def by_hand(model, rows, temperature=1.):
     "Summed log-probs of the chosen and the rejected completions, each row alone and without padding"
-    return [torch.stack([row_logps(model, r['prompt_ids'], r[f'{side}_ids'], temperature).sum() for r in rows]) for side in ('chosen', 'rejected')]
+    return [torch.stack([row_logps(model, r['prompt_ids'], r[f'{side}_ids'], temperature).sum() for r in rows])
+            for side in ('chosen', 'rejected')]
 
 def encoded(ds=None): return list(encode_pairs(ds or toy_pairs(), toy_tokenizer())[0])
 
@@ -41,11 +46,13 @@ def encoded(ds=None): return list(encode_pairs(ds or toy_pairs(), toy_tokenizer(
 def loss_gradient(loss_type, smoothing=0.):
     "Loss and its derivative by the margin (before beta) at margin 6, beta .1"
     chosen = torch.tensor([-4.], dtype=torch.float64, requires_grad=True)
-    losses, *_ = dpo_loss(chosen, torch.tensor([-9.]).double(), torch.tensor([-7.]).double(), torch.tensor([-6.]).double(), .1, loss_type, smoothing)
+    losses, *_ = dpo_loss(chosen, torch.tensor([-9.]).double(), torch.tensor([-7.]).double(),
+                          torch.tensor([-6.]).double(), .1, loss_type, smoothing)
     losses.sum().backward()
     return losses.item(), chosen.grad.item()
 
-@pytest.mark.parametrize('loss_type, smoothing, loss, gradient', [('sigmoid', 0, .437488, -.035434), ('sigmoid', .1, .497488, None), ('robust', .1, .362488, None), ('hinge', 0, .4, -.1)])
+@pytest.mark.parametrize('loss_type, smoothing, loss, gradient', [('sigmoid', 0, .437488, -.035434),
+                             ('sigmoid', .1, .497488, None), ('robust', .1, .362488, None), ('hinge', 0, .4, -.1)])
 def test_item41_losses_at_margin_six(loss_type, smoothing, loss, gradient):
     "The numbers of the list [fails when `loss_type` is ignored, and when `label_smoothing` is]"
     got = loss_gradient(loss_type, smoothing)
@@ -57,11 +64,13 @@ def plain_loss(pc, pr, rc, rr, beta, kind, e, n, m):
     sigmoid, h = lambda x: 1 / (1 + math.exp(-x)), beta * ((pc - rc) - (pr - rr))
     return {'sigmoid': lambda: -(1 - e) * math.log(sigmoid(h)) - e * math.log(sigmoid(-h)),
             'robust': lambda: (-(1 - e) * math.log(sigmoid(h)) + e * math.log(sigmoid(-h))) / (1 - 2 * e),
-            'hinge': lambda: max(0., 1 - h), 'ipo': lambda: ((pc - rc) / n - (pr - rr) / m - 1 / (2 * beta)) ** 2}[kind]()
+            'hinge': lambda: max(0., 1 - h),
+            'ipo': lambda: ((pc - rc) / n - (pr - rr) / m - 1 / (2 * beta)) ** 2}[kind]()
 
 @pytest.mark.parametrize('kind, e', [('sigmoid', 0.), ('sigmoid', .2), ('robust', .2), ('hinge', 0.), ('ipo', 0.)])
 def test_losses_equal_plain_loops(kind, e):
-    "Float64, to 1e-10, with the implicit rewards, which carry no gradient [fails when the rewards leave out beta, and when IPO divides by one length]"
+    """Float64, to 1e-10, with the implicit rewards, which carry no gradient [fails when the rewards leave out
+    beta, and when IPO divides by one length]"""
     g = torch.Generator().manual_seed(2)
     x = [(-20 * torch.rand(50, dtype=torch.float64, generator=g)).requires_grad_() for _ in range(4)]
     n, m = torch.randint(1, 20, (2, 50), generator=g)
@@ -69,8 +78,10 @@ def test_losses_equal_plain_loops(kind, e):
         losses, chosen, rejected = dpo_loss(*x, beta, kind, e, (n, m))
         rows = list(zip(*(v.tolist() for v in (*x, n, m))))
         assert losses.tolist() == pytest.approx([plain_loss(*r[:4], beta, kind, e, *r[4:]) for r in rows], abs=1e-10)
-        assert chosen.tolist() == pytest.approx([beta * (r[0] - r[2]) for r in rows], abs=1e-10) and not chosen.requires_grad
-        assert rejected.tolist() == pytest.approx([beta * (r[1] - r[3]) for r in rows], abs=1e-10) and not rejected.requires_grad
+        assert chosen.tolist() == pytest.approx([beta * (r[0] - r[2]) for r in rows],
+                                                abs=1e-10) and not chosen.requires_grad
+        assert rejected.tolist() == pytest.approx([beta * (r[1] - r[3]) for r in rows],
+                                                  abs=1e-10) and not rejected.requires_grad
 
 
 def test_loss_stays_finite_at_large_margins():
@@ -81,8 +92,9 @@ def test_loss_stays_finite_at_large_margins():
     assert losses.isfinite().all() and x.grad.isfinite().all()
 
 
-@pytest.mark.parametrize('bad', [dict(loss_type='kto'), dict(loss_type='hinge', label_smoothing=.1), dict(loss_type='ipo', label_smoothing=.1), dict(label_smoothing=.5), dict(label_smoothing=-.1),
-                                 dict(beta=0.), dict(beta=float('nan'))])
+@pytest.mark.parametrize('bad', [dict(loss_type='kto'), dict(loss_type='hinge', label_smoothing=.1),
+                                 dict(loss_type='ipo', label_smoothing=.1), dict(label_smoothing=.5),
+                                 dict(label_smoothing=-.1), dict(beta=0.), dict(beta=float('nan'))])
 def test_item41_unsupported_combinations_raise(bad, tmp_path):
     "[fails when `check_loss` isn't called]"
     with pytest.raises(UserError): DPOConfig(output_dir=str(tmp_path), use_cpu=True, **bad)
@@ -92,22 +104,26 @@ def test_item45_chosen_falls_only_if_the_model_wants_it():
     "The loss pulls chosen up and rejected down; both rewards are logged apart [fails when the two are swapped]"
     pc, pr = torch.zeros(3, requires_grad=True), torch.zeros(3, requires_grad=True)
     for kind in ('sigmoid', 'hinge', 'robust', 'ipo'):
-        g = torch.autograd.grad(dpo_loss(pc, pr, torch.zeros(3), torch.zeros(3), .1, kind, 0., (torch.ones(3), torch.ones(3)))[0].sum(), (pc, pr))
+        g = torch.autograd.grad(dpo_loss(pc, pr, torch.zeros(3), torch.zeros(3), .1, kind, 0.,
+                                         (torch.ones(3), torch.ones(3)))[0].sum(), (pc, pr))
         assert (g[0] < 0).all() and (g[1] > 0).all()
 
 
 def test_item45_rewards_are_logged_apart(tmp_path):
-    "After a few steps: rewards, margin, accuracy, log-probs by hand [fails when the margin has the other sign, and when the log-probs are swapped]"
+    """After a few steps: rewards, margin, accuracy, log-probs by hand [fails when the margin has the other sign,
+    and when the log-probs are swapped]"""
     policy = tiny()
     t = dpo_trainer(tmp_path, policy, max_steps=3)
     rows, ref = encoded(), copy.deepcopy(policy)
     states = []
-    t.add_callback(type('Keep', (TrainerCallback,), {'on_step_begin': lambda self, args, state, control, model=None, **kw: states.append(copy.deepcopy(model))})())
+    t.add_callback(type('Keep', (TrainerCallback,), {'on_step_begin': lambda self, args, state, control, model=None,
+                                                     **kw: states.append(copy.deepcopy(model))})())
     t.train()
     with torch.no_grad(): (pc, pr), (rc, rr) = by_hand(states[2], rows), by_hand(ref, rows)
-    want = {'rewards/chosen': .1 * (pc - rc).mean(), 'rewards/rejected': .1 * (pr - rr).mean(), 'rewards/margins': .1 * (pc - rc - pr + rr).mean(),
-            'rewards/accuracies': (pc - rc > pr - rr).float().mean(), 'logps/chosen': pc.mean(), 'logps/rejected': pr.mean(),
-            'loss': -torch.nn.functional.logsigmoid(.1 * (pc - rc - pr + rr)).mean()}
+    want = {'rewards/chosen': .1 * (pc - rc).mean(), 'rewards/rejected': .1 * (pr - rr).mean(),
+            'rewards/margins': .1 * (pc - rc - pr + rr).mean(),
+            'rewards/accuracies': (pc - rc > pr - rr).float().mean(), 'logps/chosen': pc.mean(),
+            'logps/rejected': pr.mean(), 'loss': -torch.nn.functional.logsigmoid(.1 * (pc - rc - pr + rr)).mean()}
     assert {k: logged(t, k)[2] for k in want} == pytest.approx({k: v.item() for k, v in want.items()}, abs=1e-4)
 
 
@@ -116,14 +132,18 @@ def test_item45_rewards_are_logged_apart(tmp_path):
 @pytest.mark.parametrize('forward', PASSES)
 @pytest.mark.parametrize('kind', KINDS)
 def test_item39_logps_do_not_depend_on_partners_or_padding(kind, forward):
-    "Each pair alone, by hand, equals any batch, order and pad id [fails when pads are counted, and on gpt2 when positions count pads]"
+    """Each pair alone, by hand, equals any batch, order and pad id [fails when pads are counted, and on gpt2
+    when positions count pads]"""
     model = tiny(kind)
     with torch.no_grad():
         want = torch.stack(by_hand(model, PAIRS))
         for pad in (0, 1, 77):
             torch.testing.assert_close(torch.stack(forward(model, collate_pairs(PAIRS, pad))), want, atol=2e-5, rtol=0)
-            torch.testing.assert_close(torch.stack(forward(model, collate_pairs(PAIRS[::-1], pad))), want.flip(1), atol=2e-5, rtol=0)
-            torch.testing.assert_close(torch.cat([torch.stack(forward(model, collate_pairs([r], pad))) for r in PAIRS], 1), want, atol=2e-5, rtol=0)
+            torch.testing.assert_close(torch.stack(forward(model, collate_pairs(PAIRS[::-1], pad))), want.flip(1),
+                                       atol=2e-5, rtol=0)
+            torch.testing.assert_close(
+                torch.cat([torch.stack(forward(model, collate_pairs([r], pad))) for r in PAIRS], 1), want,
+                atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -144,20 +164,25 @@ def test_item39_all_forward_passes_have_the_same_gradient(kind):
 def read_places(forward, batch, model):
     "Which of the places where the head of `forward` may look predict a completion token, [rows, places]"
     if forward is plain_logps:
-        masks = [torch.nn.functional.pad(batch[f'{k}_mask'], (0, max(batch[f'{k}_mask'].shape[1] for k in ('chosen', 'rejected')) + 1 - batch[f'{k}_mask'].shape[1])) for k in ('chosen', 'rejected')]
+        masks = [torch.nn.functional.pad(batch[f'{k}_mask'], (0, max(batch[f'{k}_mask'].shape[1]
+                                                 for k in ('chosen', 'rejected')) + 1 - batch[f'{k}_mask'].shape[1]))
+                 for k in ('chosen', 'rejected')]
         return torch.cat(masks)
-    inputs, places, _ = pair_rows(batch, model) if forward is shared_logps else single_rows(batch)
-    return torch.zeros(inputs['input_ids'].numel(), dtype=torch.bool).index_fill(0, places, True).view_as(inputs['input_ids'])
+    inputs, places, _ = packed_rows(batch, model) if forward is shared_logps else single_rows(batch)
+    return torch.zeros(inputs['input_ids'].numel(),
+                       dtype=torch.bool).index_fill(0, places, True).view_as(inputs['input_ids'])
 
 @pytest.mark.parametrize('forward', PASSES)
 @pytest.mark.parametrize('kind', KINDS)
 def test_item39_prompt_and_padding_never_enter_the_sum(kind, forward):
-    "Poisoned last hidden states wherever no completion token is predicted: log-probs and gradients unchanged [fails when the mask is left out, and when a completion starts one place later]"
+    """Poisoned last hidden states wherever no completion token is predicted: log-probs and gradients unchanged
+    [fails when the mask is left out, and when a completion starts one place later]"""
     batch, results = collate_pairs(PAIRS, 0), []
     for poison in (0., 1e4):
         model, noise = tiny(kind), torch.Generator().manual_seed(0)
         read = read_places(forward, batch, model)
-        model.get_output_embeddings().register_forward_pre_hook(lambda head, args: args[0] + poison * torch.randn(args[0].shape, generator=noise) * ~read[..., None])
+        model.get_output_embeddings().register_forward_pre_hook(
+            lambda head, args: args[0] + poison * torch.randn(args[0].shape, generator=noise) * ~read[..., None])
         logps = torch.cat(forward(model, batch))
         logps.sum().backward()
         results.append((logps.detach(), {k: p.grad for k, p in model.named_parameters()}))
@@ -166,12 +191,14 @@ def test_item39_prompt_and_padding_never_enter_the_sum(kind, forward):
 
 
 def test_item40_sums_for_dpo_means_for_ipo():
-    "A model of constant log-prob per token: twice the tokens, twice the log-prob; the IPO loss stays [fails when the log-probs are averaged]"
+    """A model of constant log-prob per token: twice the tokens, twice the log-prob; the IPO loss stays [fails
+    when the log-probs are averaged]"""
     model = TableLM(vocab=50)
     model.table.data.zero_()
     rows = [dict(prompt_ids=[3], chosen_ids=[4] * n, rejected_ids=[5] * 2 * n) for n in (2, 4)]
     chosen, rejected = plain_logps(model, collate_pairs(rows, 0))
-    assert chosen.tolist() == pytest.approx([-2 * math.log(50), -4 * math.log(50)]) and rejected.tolist() == pytest.approx((2 * chosen).tolist())
+    assert (chosen.tolist() == pytest.approx([-2 * math.log(50), -4 * math.log(50)])
+            and rejected.tolist() == pytest.approx((2 * chosen).tolist()))
     lengths = torch.tensor([2, 4]), torch.tensor([4, 8])
     losses, *_ = dpo_loss(chosen, rejected, chosen / 2, rejected / 4, .1, 'ipo', lengths=lengths)
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
@@ -195,8 +222,10 @@ def test_shared_mask_by_hand():
 @pytest.mark.parametrize('share', [True, False])
 @pytest.mark.parametrize('kind', KINDS)
 def test_item42_first_loss_is_ln_2(kind, share, tmp_path):
-    "Policy == reference, all dropouts .1 in the config: loss ln 2, rewards 0 [fails when `disable_dropout` isn't called, and on all but gpt2 when it skips the rate that the attention keeps as a number]"
-    t = dpo_trainer(tmp_path, tiny(kind, dropout=.1), share_prefix=share, per_device_train_batch_size=3, gradient_accumulation_steps=3)
+    """Policy == reference, all dropouts .1 in the config: loss ln 2, rewards 0 [fails when `disable_dropout`
+    isn't called, and on all but gpt2 when it skips the rate that the attention keeps as a number]"""
+    t = dpo_trainer(tmp_path, tiny(kind, dropout=.1), share_prefix=share, per_device_train_batch_size=3,
+                    gradient_accumulation_steps=3)
     assert t.shares_prefix == share
     t.train()
     assert logged(t, 'loss')[0] == pytest.approx(math.log(2), abs=1e-6)
@@ -204,33 +233,43 @@ def test_item42_first_loss_is_ln_2(kind, share, tmp_path):
 
 
 def test_item42_first_loss_is_ln_2_on_a_sliding_window(tmp_path):
-    "A model that looks back 8 tokens, the first pairs short and later ones long: the choice of forward pass holds for all [fails when only the first pairs are probed]"
-    config = dict(vocab_size=132, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=24, max_position_embeddings=96, initializer_range=.3)
+    """A model that looks back 8 tokens, the first pairs short and later ones long: the choice of forward pass
+    holds for all [fails when only the first pairs are probed]"""
+    config = dict(vocab_size=132, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+                  intermediate_size=24, max_position_embeddings=96, initializer_range=.3)
     policy = AutoModelForCausalLM.from_config(MistralConfig(sliding_window=8, **config)).eval()
     long = toy_pairs(4)
-    short = Dataset.from_dict(dict(prompt=['\n\nHuman:'] * 4, chosen=[' cats', ' dogs', ' meow', ' eat'], rejected=[' salt', ' mice', ' cats', ' dogs']))
+    short = Dataset.from_dict(dict(prompt=['\n\nHuman:'] * 4, chosen=[' cats', ' dogs', ' meow', ' eat'],
+                                   rejected=[' salt', ' mice', ' cats', ' dogs']))
     pairs = Dataset.from_list(list(short) + list(long))
     t = dpo_trainer(tmp_path, policy, pairs=pairs)
     rows = encoded(pairs)
-    with torch.no_grad(): torch.testing.assert_close(torch.tensor(t.train_dataset['ref_chosen']).float(), by_hand(policy, rows)[0], atol=1e-4, rtol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.tensor(t.train_dataset['ref_chosen']).float(), by_hand(policy, rows)[0],
+                                   atol=1e-4, rtol=0)
     t.train()
     assert logged(t, 'loss')[0] == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_item42_a_reference_that_cannot_share_decides_for_both(tmp_path):
-    "A full-attention policy with a sliding-window reference: its log-probs are right all the same [fails when only the policy is probed]"
-    config = dict(vocab_size=132, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=24, max_position_embeddings=96, initializer_range=.3)
+    """A full-attention policy with a sliding-window reference: its log-probs are right all the same [fails when
+    only the policy is probed]"""
+    config = dict(vocab_size=132, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+                  intermediate_size=24, max_position_embeddings=96, initializer_range=.3)
     ref, pairs = AutoModelForCausalLM.from_config(MistralConfig(sliding_window=8, **config)).eval(), toy_pairs(8)
     t = dpo_trainer(tmp_path, tiny(), ref, pairs=pairs)
     with torch.no_grad(): chosen, rejected = by_hand(ref, encoded(pairs))
-    assert t.train_dataset['ref_chosen'] == pytest.approx(chosen.tolist(), abs=1e-4) and t.train_dataset['ref_rejected'] == pytest.approx(rejected.tolist(), abs=1e-4)
+    assert (t.train_dataset['ref_chosen'] == pytest.approx(chosen.tolist(), abs=1e-4)
+            and t.train_dataset['ref_rejected'] == pytest.approx(rejected.tolist(), abs=1e-4))
 
 
 @pytest.mark.parametrize('forward', PASSES)
 def test_item42_reference_and_policy_run_in_the_same_precision(forward, tmp_path, monkeypatch):
-    "bf16 autocast: the reference pass runs in bf16 as training does, and the first loss is ln 2 all the same [fails when only the training forward is under autocast]"
+    """bf16 autocast: the reference pass runs in bf16 as training does, and the first loss is ln 2 all the same
+    [fails when only the training forward is under autocast]"""
     kinds, policy = [], tiny()
-    policy.model.layers[0].mlp.down_proj.register_forward_hook(lambda mod, a, out: kinds.append((mod.training, out.dtype)))
+    policy.model.layers[0].mlp.down_proj.register_forward_hook(
+        lambda mod, a, out: kinds.append((mod.training, out.dtype)))
     monkeypatch.setattr('mpo_nb.dpo.fastest_way', lambda *a: forward)   # its check runs in fp32
     t = dpo_trainer(tmp_path, policy, bf16=True)
     made = list(kinds)
@@ -240,7 +279,8 @@ def test_item42_reference_and_policy_run_in_the_same_precision(forward, tmp_path
 
 
 def test_null_update(tmp_path):
-    "lr = 0: three steps in shuffled batches of other widths change no weight and no loss [fails when `position_ids` are left out]"
+    """lr = 0: three steps in shuffled batches of other widths change no weight and no loss [fails when
+    `position_ids` are left out]"""
     t = dpo_trainer(tmp_path, tiny('gpt2'), max_steps=6, learning_rate=0., per_device_train_batch_size=3)
     before = fingerprint(t.model)
     t.train()
@@ -251,11 +291,15 @@ def test_null_update(tmp_path):
 
 @pytest.mark.parametrize('kind', ['gpt2', 'llama', 'closing'])
 def test_item35_both_sides_share_the_prompt_of_generation(kind):
-    "Prompts that end in a space or mid-word [fails when a prompt is cut back to what prompt + completion have in common]"
+    """Prompts that end in a space or mid-word [fails when a prompt is cut back to what prompt + completion have
+    in common]"""
     tok = bpe(kind)
-    for prompt, chosen, rejected in [('Ans', 'wer', 's'), ('hello wor', 'ld', 'k'), ('the answer is ', 'here.', 'hello'), ('Answer:', ' hello', ' world.'), ('hello', ', world', ' ')]:
+    for prompt, chosen, rejected in [('Ans', 'wer', 's'), ('hello wor', 'ld', 'k'),
+                                     ('the answer is ', 'here.', 'hello'), ('Answer:', ' hello', ' world.'),
+                                     ('hello', ', world', ' ')]:
         r = encode_pair(dict(prompt=prompt, chosen=chosen, rejected=rejected), tok)
-        assert r['prompt_ids'] == encode_prompt(tok, prompt) == [i for i in tok(prompt)['input_ids'] if i != tok.eos_token_id]
+        assert (r['prompt_ids'] == encode_prompt(tok, prompt)
+                == [i for i in tok(prompt)['input_ids'] if i != tok.eos_token_id])
         for side, text in (('chosen', chosen), ('rejected', rejected)):
             ids = r[f'{side}_ids']
             assert len(ids) > 1 and tok.decode(r['prompt_ids'] + ids, skip_special_tokens=True) == prompt + text
@@ -276,25 +320,30 @@ def test_item36_one_eos_one_bos(kind, pad_eos):
 def words(*lengths): return [' '.join(['cats'] * n) for n in lengths]
 
 def test_item37_pairs_around_max_length(tok):
-    "Grid of prompt and completion lengths: kept if and only if prompt and longer completion with EOS fit, whole; every other row number is returned [fails when EOS isn't counted]"
+    """Grid of prompt and completion lengths: kept if and only if prompt and longer completion with EOS fit,
+    whole; every other row number is returned [fails when EOS isn't counted]"""
     grid = [(p, c, r) for p in (1, 3, 6, 9, 10, 12) for c in (1, 4, 8) for r in (1, 5)]
     prompt, chosen, rejected = zip(*(words(*g) for g in grid))
     one = len(tok('cats cats')['input_ids']) - len(tok('cats')['input_ids'])
     assert one == 1
-    kept, aside = encode_pairs(Dataset.from_dict(dict(prompt=prompt, chosen=chosen, rejected=rejected)), tok, max_length=10)
+    kept, aside = encode_pairs(Dataset.from_dict(dict(prompt=prompt, chosen=chosen, rejected=rejected)), tok,
+                               max_length=10)
     fits = [p + max(c, r) + 1 <= 10 for p, c, r in grid]
     assert aside == [i for i, f in enumerate(fits) if not f] and len(kept) == sum(fits) > 5
     for (p, c, r), row in zip([g for g, f in zip(grid, fits) if f], kept):
         assert [len(row[k]) for k in ('prompt_ids', 'chosen_ids', 'rejected_ids')] == [p, c + 1, r + 1]
         assert row['chosen_ids'][-1] == row['rejected_ids'][-1] == tok.eos_token_id
     batch = collate_pairs(list(kept), tok.pad_token_id)
-    assert [m.sum().item() for m in (batch['chosen_mask'], batch['rejected_mask'])] == [sum(g[1] + 1 for g, f in zip(grid, fits) if f), sum(g[2] + 1 for g, f in zip(grid, fits) if f)]
+    assert ([m.sum().item() for m in (batch['chosen_mask'], batch['rejected_mask'])]
+            == [sum(g[1] + 1 for g, f in zip(grid, fits) if f), sum(g[2] + 1 for g, f in zip(grid, fits) if f)])
 
 
 def test_item37_a_long_prompt_keeps_its_end(tok):
     "`max_prompt_length` cuts the beginning of both sides' prompt, and never a completion [fails when the end is cut]"
-    (row,), aside = encode_pairs(Dataset.from_dict(dict(prompt=['cats dogs meow woof'], chosen=[' eat mice'], rejected=[' eat'])), tok, max_prompt_length=2, max_length=6)
-    assert not aside and tok.decode(row['prompt_ids']) == ' meow woof' and len(row['chosen_ids']) == 3 and len(row['rejected_ids']) == 2
+    (row,), aside = encode_pairs(Dataset.from_dict(dict(prompt=['cats dogs meow woof'], chosen=[' eat mice'],
+                                                        rejected=[' eat'])), tok, max_prompt_length=2, max_length=6)
+    assert (not aside and tok.decode(row['prompt_ids']) == ' meow woof' and len(row['chosen_ids']) == 3
+            and len(row['rejected_ids']) == 2)
 
 
 def test_item37_a_cut_prompt_keeps_its_bos():
@@ -306,19 +355,23 @@ def test_item37_a_cut_prompt_keeps_its_bos():
 
 
 def test_item38_a_row_that_does_not_fit_leaves_no_trace(tmp_path, caplog):
-    "A prompt as long as `max_length`: counted in the log, and the same run as without the row; nothing left: an error [fails when the row is kept with an empty completion]"
+    """A prompt as long as `max_length`: counted in the log, and the same run as without the row; nothing left:
+    an error [fails when the row is kept with an empty completion]"""
     pairs = toy_pairs(6)
     long = dict(prompt=' cats' * 90, chosen=' meow', rejected=' woof')
-    with caplog.at_level(logging.INFO, 'mpo_nb'): with_row = dpo_trainer(tmp_path, pairs=Dataset.from_list([long, *pairs]), max_length=90)
+    with caplog.at_level(logging.INFO, 'mpo_nb'):
+        with_row = dpo_trainer(tmp_path, pairs=Dataset.from_list([long, *pairs]), max_length=90)
     assert '1 of 7' in caplog.text and len(with_row.train_dataset) == 6
     without = dpo_trainer(tmp_path, pairs=pairs, max_length=90)
     for t in (with_row, without): t.train()
     assert logged(with_row) == logged(without) and distance(weights(with_row.model), weights(without.model)) == 0
-    with pytest.raises(UserError, match='max_length'): dpo_trainer(tmp_path, pairs=Dataset.from_list([long]), max_length=90)
+    with pytest.raises(UserError, match='max_length'):
+        dpo_trainer(tmp_path, pairs=Dataset.from_list([long]), max_length=90)
 
 
 def test_item46_equal_completions(tmp_path):
-    "chosen == rejected: loss ln 2, no gradient, a tie and not a win, at the start and after training [fails when ties count as losses]"
+    """chosen == rejected: loss ln 2, no gradient, a tie and not a win, at the start and after training [fails
+    when ties count as losses]"""
     for share in (True, False):
         policy = tiny('gpt2')
         equal = Dataset.from_list([dict(r, rejected=r['chosen']) for r in toy_pairs()])
@@ -327,7 +380,8 @@ def test_item46_equal_completions(tmp_path):
         t.train()
         assert logged(t, 'loss') == pytest.approx([math.log(2)] * 2, abs=1e-6)
         assert distance(before, weights(policy)) < 1e-5
-        moved = dpo_trainer(tmp_path, tiny('gpt2', seed=1), ref=policy, pairs=equal, share_prefix=share, learning_rate=0.)
+        moved = dpo_trainer(tmp_path, tiny('gpt2', seed=1), ref=policy, pairs=equal, share_prefix=share,
+                            learning_rate=0.)
         moved.train()
         assert abs(logged(moved, 'rewards/chosen')[0]) > .001
         assert logged(t, 'rewards/accuracies') == [.5, .5] and logged(moved, 'rewards/accuracies') == [.5]
@@ -342,7 +396,9 @@ def splits(tmp_path_factory):
     "The same step on 8 pairs of unequal length, in micro-batches of 8, 4, 2 and 3 + 3 + 2"
     runs = {}
     for size, steps in SPLITS:
-        t = runs[size] = dpo_trainer(tmp_path_factory.mktemp('split'), tiny(seed=1), ref=tiny(seed=2), per_device_train_batch_size=size, gradient_accumulation_steps=steps, learning_rate=.5, max_steps=2)
+        t = runs[size] = dpo_trainer(tmp_path_factory.mktemp('split'), tiny(seed=1), ref=tiny(seed=2),
+                                     per_device_train_batch_size=size, gradient_accumulation_steps=steps,
+                                     learning_rate=.5, max_steps=2)
         t.start = weights(t.model)
         t.train()
     return runs
@@ -359,7 +415,8 @@ def test_item43_accumulation_gives_the_same_weights(size, splits):
 @pytest.mark.parametrize('size', [s for s, _ in SPLITS])
 def test_item43_logged_rewards_do_not_depend_on_the_split(size, splits):
     "3+3+2 too [fails when micro-batches of unequal size are averaged with equal weight]"
-    for key in ('rewards/chosen', 'rewards/rejected', 'rewards/margins', 'rewards/accuracies', 'logps/chosen', 'logps/rejected'):
+    for key in ('rewards/chosen', 'rewards/rejected', 'rewards/margins', 'rewards/accuracies', 'logps/chosen',
+                'logps/rejected'):
         assert logged(splits[size], key) == pytest.approx(logged(splits[8], key), abs=1e-4), key
 
 
@@ -370,16 +427,19 @@ def test_item10_evaluation_does_not_depend_on_its_batch_size(size, tmp_path):
     t = dpo_trainer(tmp_path, policy, ref, trainer=dict(eval_dataset=toy_pairs()), per_device_eval_batch_size=size)
     got = t.evaluate()
     with torch.no_grad(): (pc, pr), (rc, rr) = by_hand(policy, rows), by_hand(ref, rows)
-    want = {'loss': -torch.nn.functional.logsigmoid(.1 * (pc - rc - pr + rr)), 'rewards/chosen': .1 * (pc - rc), 'rewards/rejected': .1 * (pr - rr),
-            'rewards/accuracies': (pc - rc > pr - rr).float(), 'logps/chosen': pc}
-    assert {k: got.get(f'eval_{k}', logged(t, f'eval_{k}')[-1]) for k in want} == pytest.approx({k: v.mean().item() for k, v in want.items()}, abs=1e-4)
+    want = {'loss': -torch.nn.functional.logsigmoid(.1 * (pc - rc - pr + rr)), 'rewards/chosen': .1 * (pc - rc),
+            'rewards/rejected': .1 * (pr - rr), 'rewards/accuracies': (pc - rc > pr - rr).float(), 'logps/chosen': pc}
+    assert {k: got.get(f'eval_{k}', logged(t, f'eval_{k}')[-1])
+            for k in want} == pytest.approx({k: v.mean().item() for k, v in want.items()}, abs=1e-4)
 
 
 def test_item22_cdpo_step_equals_plain_loops(tmp_path):
-    "Label smoothing .2, two SGD steps: the weights of a float64 loop over single rows, to 1e-5 [fails when the smoothing is ignored]"
+    """Label smoothing .2, two SGD steps: the weights of a float64 loop over single rows, to 1e-5 [fails when the
+    smoothing is ignored]"""
     policy, ref, rows = tiny('gpt2', seed=1), tiny('gpt2', seed=2), encoded()
     model, reference = copy.deepcopy(policy).double(), copy.deepcopy(ref).double()
-    t = dpo_trainer(tmp_path, policy, ref, max_steps=2, learning_rate=.5, label_smoothing=.2, beta=.3, per_device_train_batch_size=3, gradient_accumulation_steps=3)
+    t = dpo_trainer(tmp_path, policy, ref, max_steps=2, learning_rate=.5, label_smoothing=.2, beta=.3,
+                    per_device_train_batch_size=3, gradient_accumulation_steps=3)
     t.train()
     start, opt = weights(model), torch.optim.SGD(model.parameters(), lr=.5)
     with torch.no_grad(): rc, rr = by_hand(reference, rows)
@@ -396,28 +456,36 @@ def test_item23_the_gradient_norm_is_clipped(tmp_path):
     "SGD, lr 1, norm 1e-3: the weights move by 1e-3 [fails when the config drops `max_grad_norm`]"
     policy = tiny(seed=1)
     before = {k: v.detach().clone() for k, v in policy.named_parameters()}
-    t = dpo_trainer(tmp_path, policy, ref=tiny(seed=2), max_grad_norm=1e-3, learning_rate=1., per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    t = dpo_trainer(tmp_path, policy, ref=tiny(seed=2), max_grad_norm=1e-3, learning_rate=1.,
+                    per_device_train_batch_size=4, gradient_accumulation_steps=2)
     t.train()
-    moved = math.sqrt(sum(float((p.detach() - before[k]).double().square().sum()) for k, p in policy.named_parameters()))
+    moved = math.sqrt(sum(float((p.detach() - before[k]).double().square().sum())
+                          for k, p in policy.named_parameters()))
     assert .99e-3 < moved <= 1e-3 * (1 + 1e-4) and logged(t, 'grad_norm')[0] > .1
 
 
 @pytest.mark.parametrize('n', [1, 3, 5])
 def test_item24_every_pair_is_used_however_few(n, tmp_path):
-    "1, 3 or 5 pairs in batches of 4: each is seen once an epoch, the policy changes [fails when the last batch is dropped]"
+    """1, 3 or 5 pairs in batches of 4: each is seen once an epoch, the policy changes [fails when the last batch
+    is dropped]"""
     t = dpo_trainer(tmp_path, pairs=toy_pairs(n), per_device_train_batch_size=4, max_steps=-1, num_train_epochs=2)
     before, seen, loss = weights(t.model), [], t.compute_loss
-    t.compute_loss = lambda model, inputs, *a, **kw: (seen.extend(ids[m].tolist() for ids, m in zip(inputs['chosen_ids'], inputs['chosen_mask'])), loss(model, inputs, *a, **kw))[1]
+    t.compute_loss = lambda model, inputs, *a, **kw: (
+        seen.extend(ids[m].tolist() for ids, m in zip(inputs['chosen_ids'], inputs['chosen_mask'])),
+        loss(model, inputs, *a, **kw))[1]
     t.train()
-    assert sorted(seen) == sorted(2 * [r['chosen_ids'] for r in encoded(toy_pairs(n))]) and t.state.global_step == 2 * math.ceil(n / 4)
+    assert (sorted(seen) == sorted(2 * [r['chosen_ids'] for r in encoded(toy_pairs(n))])
+            and t.state.global_step == 2 * math.ceil(n / 4))
     assert distance(before, weights(t.model)) > 1e-4
 
 
 def test_item25_the_learning_rate_follows_the_updates(tmp_path):
     "Linear schedule, 4 steps of 2 micro-batches: 0 is reached after the last [fails when micro-batches are counted]"
     rates = []
-    note = type('Rates', (TrainerCallback,), {'on_pre_optimizer_step': lambda self, args, state, control, optimizer=None, **kw: rates.append(optimizer.param_groups[0]['lr'])})()
-    t = dpo_trainer(tmp_path, lr_scheduler_type='linear', learning_rate=.04, per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=4, trainer=dict(callbacks=[note]))
+    note = type('Rates', (TrainerCallback,), {'on_pre_optimizer_step': lambda self, args, state, control,
+                                              optimizer=None, **kw: rates.append(optimizer.param_groups[0]['lr'])})()
+    t = dpo_trainer(tmp_path, lr_scheduler_type='linear', learning_rate=.04, per_device_train_batch_size=1,
+                    gradient_accumulation_steps=2, max_steps=4, trainer=dict(callbacks=[note]))
     t.train()
     assert rates == pytest.approx([.04, .03, .02, .01]) and set(t.lr_scheduler.get_last_lr()) == {0}
 
@@ -428,16 +496,21 @@ def test_item25_the_learning_rate_follows_the_updates(tmp_path):
 def trl_runs(tmp_path_factory):
     "Three SGD steps on all 8 pairs by TRL's trainer, by loss and number of micro-batches"
     from trl import DPOConfig as TRLConfig, DPOTrainer as TRLTrainer
-    from mpo_nb.logprobs import seeded
-    from mpo_nb.reward import quiet, trainer_defaults
+    from mpo_nb.sampling import seeded
+    from mpo_nb.training import quiet, trainer_defaults
     runs = {}
     def run(loss_type, steps=1):
         if (loss_type, steps) not in runs:
-            args = TRLConfig(**trainer_defaults(output_dir=str(tmp_path_factory.mktemp('trl')), max_steps=3, per_device_train_batch_size=8 // steps, gradient_accumulation_steps=steps, learning_rate=.2,
-                                                lr_scheduler_type='constant', optim='sgd', max_grad_norm=0., logging_steps=1, label_smoothing=.1 if loss_type == 'robust' else 0., loss_type=[loss_type],
+            args = TRLConfig(**trainer_defaults(output_dir=str(tmp_path_factory.mktemp('trl')),
+                                                max_steps=3, per_device_train_batch_size=8 // steps,
+                                                gradient_accumulation_steps=steps, learning_rate=.2,
+                                                lr_scheduler_type='constant', optim='sgd', max_grad_norm=0.,
+                                                logging_steps=1, label_smoothing=.1 if loss_type == 'robust' else 0.,
+                                                loss_type=[loss_type],
                                                 beta=.2, max_length=None))
             with quiet(), seeded(0):
-                t = TRLTrainer(tiny('llama', seed=1), tiny('llama', seed=2), args, train_dataset=toy_pairs(), processing_class=toy_tokenizer())
+                t = TRLTrainer(tiny('llama', seed=1), tiny('llama', seed=2), args, train_dataset=toy_pairs(),
+                               processing_class=toy_tokenizer())
                 t.train()
             runs[loss_type, steps] = t
         return runs[loss_type, steps]
@@ -446,14 +519,17 @@ def trl_runs(tmp_path_factory):
 @pytest.mark.parametrize('share', [True, False])
 @pytest.mark.parametrize('loss_type', ['sigmoid', 'ipo', 'hinge', 'robust'])
 def test_parity_with_trl(loss_type, share, trl_runs, tmp_path):
-    "Loss, rewards, margins, log-probs and weights of three steps in fp32 [fails when beta is fixed, when IPO sums, and when the flipped term of robust has the other sign]"
+    """Loss, rewards, margins, log-probs and weights of three steps in fp32 [fails when beta is fixed, when IPO
+    sums, and when the flipped term of robust has the other sign]"""
     theirs = trl_runs(loss_type)
-    ours = dpo_trainer(tmp_path, tiny('llama', seed=1), tiny('llama', seed=2), max_steps=3, learning_rate=.2, beta=.2, loss_type=loss_type, label_smoothing=.1 if loss_type == 'robust' else 0., share_prefix=share)
+    ours = dpo_trainer(tmp_path, tiny('llama', seed=1), tiny('llama', seed=2), max_steps=3, learning_rate=.2, beta=.2,
+                       loss_type=loss_type, label_smoothing=.1 if loss_type == 'robust' else 0., share_prefix=share)
     ours.train()
     assert distance(weights(tiny('llama', seed=1)), weights(theirs.model)) > 1e-2
     assert distance(weights(ours.model), weights(theirs.model)) < 2e-5
     assert logged(ours, 'loss') == pytest.approx(logged(theirs, 'loss'), rel=1e-4)
-    for key in ('rewards/chosen', 'rewards/rejected', 'rewards/margins', 'rewards/accuracies', 'logps/chosen', 'logps/rejected'):
+    for key in ('rewards/chosen', 'rewards/rejected', 'rewards/margins', 'rewards/accuracies', 'logps/chosen',
+                'logps/rejected'):
         assert logged(ours, key) == pytest.approx(logged(theirs, key), abs=1e-3, rel=1e-3), key
 
 
@@ -464,11 +540,12 @@ class FirstGradient(TrainerCallback):
 
 def ten_steps_by_trl(folder, kind, args):
     from trl import DPOConfig as TRLConfig, DPOTrainer as TRLTrainer
-    from mpo_nb.logprobs import seeded
-    from mpo_nb.reward import quiet, trainer_defaults
+    from mpo_nb.sampling import seeded
+    from mpo_nb.training import quiet, trainer_defaults
     with quiet(), seeded(0):
-        t = TRLTrainer(tiny(kind, seed=1), tiny(kind, seed=2), TRLConfig(**trainer_defaults(output_dir=str(folder), max_length=None, **args | dict(loss_type=[args['loss_type']]))), train_dataset=toy_pairs(),
-                       processing_class=toy_tokenizer(), callbacks=[FirstGradient()])
+        t = TRLTrainer(tiny(kind, seed=1), tiny(kind, seed=2), TRLConfig(**trainer_defaults(output_dir=str(folder),
+                               max_length=None, **args | dict(loss_type=[args['loss_type']]))),
+                       train_dataset=toy_pairs(), processing_class=toy_tokenizer(), callbacks=[FirstGradient()])
         t.train()
     return t
 
@@ -477,13 +554,21 @@ def first_gradient(t): return next(c for c in t.callback_handler.callbacks if is
 @pytest.mark.parametrize('loss_type', ['sigmoid', 'ipo', 'hinge', 'robust'])
 @pytest.mark.parametrize('kind', KINDS)
 def test_parity_with_trl_on_five_architectures(kind, loss_type, tmp_path):
-    """Same 8 pairs in one batch, policy and reference apart: loss, rewards and gradients of the first step to 1e-5 (relative), weights after ten steps to 1e-5, in fp32. (TRL has no cDPO: its `sigmoid` ignores label_smoothing; ours is held
-    against float64 loops above.) [fails when beta is fixed, when IPO sums, when rejected tokens see chosen ones, and on gpt2 when the rejected completion's positions go on behind the chosen one]"""
-    args = dict(loss_type=loss_type, label_smoothing=.1 if loss_type == 'robust' else 0., beta=.2, max_steps=10, learning_rate=.01, per_device_train_batch_size=8, lr_scheduler_type='constant', optim='sgd', max_grad_norm=0., logging_steps=1)
-    ours, theirs = dpo_trainer(tmp_path/'ours', tiny(kind, seed=1), tiny(kind, seed=2), trainer=dict(callbacks=[FirstGradient()]), **args), ten_steps_by_trl(tmp_path/'trl', kind, args)
+    """Same 8 pairs in one batch, policy and reference apart: loss, rewards and gradients of the first step to
+    1e-5 (relative), weights after ten steps to 1e-5, in fp32. (TRL has no cDPO: its `sigmoid` ignores
+    label_smoothing; ours is held
+    against float64 loops above.) [fails when beta is fixed, when IPO sums, when rejected tokens see chosen
+    ones, and on gpt2 when the rejected completion's positions go on behind the chosen one]"""
+    args = dict(loss_type=loss_type, label_smoothing=.1 if loss_type == 'robust' else 0., beta=.2, max_steps=10,
+                learning_rate=.01, per_device_train_batch_size=8, lr_scheduler_type='constant', optim='sgd',
+                max_grad_norm=0., logging_steps=1)
+    ours, theirs = dpo_trainer(tmp_path/'ours', tiny(kind, seed=1), tiny(kind, seed=2),
+                               trainer=dict(callbacks=[FirstGradient()]),
+                               **args), ten_steps_by_trl(tmp_path/'trl', kind, args)
     ours.train()
     assert ours.shares_prefix
-    for key in ('loss', 'rewards/chosen', 'rewards/rejected', 'rewards/margins', 'logps/chosen', 'logps/rejected'): assert logged(ours, key)[0] == pytest.approx(logged(theirs, key)[0], rel=1e-5, abs=2e-5), key
+    for key in ('loss', 'rewards/chosen', 'rewards/rejected', 'rewards/margins', 'logps/chosen', 'logps/rejected'):
+        assert logged(ours, key)[0] == pytest.approx(logged(theirs, key)[0], rel=1e-5, abs=2e-5), key
     a, b = first_gradient(ours), first_gradient(theirs)
     assert distance(a, b) < 1e-5 * max(float(g.abs().max()) for g in b.values())
     assert distance(weights(tiny(kind, seed=1)), weights(theirs.model)) > 2e-3
@@ -492,24 +577,29 @@ def test_parity_with_trl_on_five_architectures(kind, loss_type, tmp_path):
 
 @pytest.mark.parametrize('steps', [2, 4])
 def test_item43_trl_accumulates_alike(steps, trl_runs, tmp_path):
-    "TRL's trainer in 2 or 4 micro-batches ends where ours does in one [fails when our loss is the mean of the micro-batch]"
-    ours = dpo_trainer(tmp_path, tiny('llama', seed=1), tiny('llama', seed=2), max_steps=3, learning_rate=.2, beta=.2, per_device_train_batch_size=8 // steps, gradient_accumulation_steps=steps)
+    """TRL's trainer in 2 or 4 micro-batches ends where ours does in one [fails when our loss is the mean of the
+    micro-batch]"""
+    ours = dpo_trainer(tmp_path, tiny('llama', seed=1), tiny('llama', seed=2), max_steps=3, learning_rate=.2, beta=.2,
+                       per_device_train_batch_size=8 // steps, gradient_accumulation_steps=steps)
     ours.train()
     theirs = trl_runs('sigmoid', steps)
-    assert distance(weights(ours.model), weights(theirs.model)) < 2e-5 and logged(ours, 'loss') == pytest.approx(logged(theirs, 'loss'), abs=1e-4)
+    assert (distance(weights(ours.model), weights(theirs.model)) < 2e-5
+            and logged(ours, 'loss') == pytest.approx(logged(theirs, 'loss'), abs=1e-4))
 
 
 # ---- the reference
 
 def test_item44_the_reference_is_computed_before_training(tmp_path):
-    "Kept log-probs are those of the model at the start, for training and evaluation data, also after ten steps and with dropout configured [fails when `all_logps` returns its rows sorted by length]"
+    """Kept log-probs are those of the model at the start, for training and evaluation data, also after ten steps
+    and with dropout configured [fails when `all_logps` returns its rows sorted by length]"""
     policy = tiny('gpt2', dropout=.1).train()
     initial, test = copy.deepcopy(policy).eval(), toy_pairs(5, seed=7)
     t = dpo_trainer(tmp_path, policy, max_steps=10, learning_rate=.5, trainer=dict(eval_dataset=test))
     t.train()
     for ds, pairs in ((t.train_dataset, toy_pairs()), (t.eval_dataset, test)):
         with torch.no_grad(): chosen, rejected = by_hand(initial, encoded(pairs))
-        assert ds['ref_chosen'] == pytest.approx(chosen.tolist(), abs=5e-5) and ds['ref_rejected'] == pytest.approx(rejected.tolist(), abs=5e-5)
+        assert (ds['ref_chosen'] == pytest.approx(chosen.tolist(), abs=5e-5)
+                and ds['ref_rejected'] == pytest.approx(rejected.tolist(), abs=5e-5))
     with torch.no_grad(): (pc, pr), (rc, rr) = by_hand(policy.eval(), encoded(test)), by_hand(initial, encoded(test))
     margin = .1 * (pc - rc - pr + rr)
     assert margin.abs().max() > .05
@@ -517,7 +607,8 @@ def test_item44_the_reference_is_computed_before_training(tmp_path):
 
 
 def test_item44_data_that_come_after_training_are_refused_or_right(tmp_path):
-    "A new evaluation set after training: the initial reference or a clear error, never the trained policy as reference [fails when `evaluate` takes any data: the collator's KeyError isn't clear]"
+    """A new evaluation set after training: the initial reference or a clear error, never the trained policy as
+    reference [fails when `evaluate` takes any data: the collator's KeyError isn't clear]"""
     t = dpo_trainer(tmp_path, max_steps=3, learning_rate=.5)
     initial, test = tiny(), toy_pairs(5, seed=7)
     t.train()
@@ -528,18 +619,21 @@ def test_item44_data_that_come_after_training_are_refused_or_right(tmp_path):
 
 
 def test_item31_another_reference_is_really_used(tmp_path):
-    "A reference with negated output layer: its log-probs by hand, and a first loss that isn't ln 2 [fails when the policy stands in for the reference]"
+    """A reference with negated output layer: its log-probs by hand, and a first loss that isn't ln 2 [fails when
+    the policy stands in for the reference]"""
     policy, ref = tiny('qwen2'), tiny('qwen2', tie_word_embeddings=False)
     ref.get_output_embeddings().weight.data.neg_()
     t = dpo_trainer(tmp_path, policy, ref)
     with torch.no_grad(): chosen, rejected = by_hand(ref, encoded())
-    assert t.train_dataset['ref_chosen'] == pytest.approx(chosen.tolist(), abs=5e-5) and t.train_dataset['ref_rejected'] == pytest.approx(rejected.tolist(), abs=5e-5)
+    assert (t.train_dataset['ref_chosen'] == pytest.approx(chosen.tolist(), abs=5e-5)
+            and t.train_dataset['ref_rejected'] == pytest.approx(rejected.tolist(), abs=5e-5))
     t.train()
     assert abs(logged(t, 'loss')[0] - math.log(2)) > .01
 
 
 def test_item34_the_reference_is_only_read(tmp_path):
-    "Handed over in train mode with dropout: evaluated without, mode and bytes as they were, not in the optimizer; the policy itself is refused [fails when the reference pass doesn't use `inference`]"
+    """Handed over in train mode with dropout: evaluated without, mode and bytes as they were, not in the
+    optimizer; the policy itself is refused [fails when the reference pass doesn't use `inference`]"""
     policy, ref = tiny('gpt2'), tiny('gpt2', seed=2, dropout=.3).train()
     before, expected = fingerprint(ref), by_hand(copy.deepcopy(ref).eval(), encoded())[0]
     t = dpo_trainer(tmp_path, policy, ref, max_steps=3)
@@ -553,10 +647,12 @@ def test_item34_the_reference_is_only_read(tmp_path):
 
 
 def test_item34_a_reference_that_shares_weights_is_a_snapshot(tmp_path):
-    "Its log-probs are read before the first step, so it can't move with the policy [fails when the reference is read in `compute_loss`]"
+    """Its log-probs are read before the first step, so it can't move with the policy [fails when the reference
+    is read in `compute_loss`]"""
     policy = tiny(tie_word_embeddings=False)
     ref, snapshot = copy.copy(policy), copy.deepcopy(policy)
-    shared, copied = (dpo_trainer(tmp_path, p, r, max_steps=3, learning_rate=.5) for p, r in ((policy, ref), (copy.deepcopy(policy), snapshot)))
+    shared, copied = (dpo_trainer(tmp_path, p, r, max_steps=3, learning_rate=.5)
+                      for p, r in ((policy, ref), (copy.deepcopy(policy), snapshot)))
     for t in (shared, copied): t.train()
     assert distance(weights(ref), weights(policy)) == 0 and distance(weights(policy), weights(snapshot)) > 1e-2
     assert logged(shared) == logged(copied)
@@ -584,42 +680,54 @@ def trained(model): return {k: p.requires_grad for k, p in model.named_parameter
 
 @pytest.mark.parametrize('init', [True, 'gaussian', False])
 def test_item32_reference_of_a_new_adapter_is_the_model_without_it(init, tmp_path):
-    "`peft_config`: the reference is the base model, also with an adapter that starts away from zero (init False); only the adapter is trained [fails when the reference pass leaves the adapter on: with False]"
+    """`peft_config`: the reference is the base model, also with an adapter that starts away from zero (init
+    False); only the adapter is trained [fails when the reference pass leaves the adapter on: with False]"""
     policy, rows = tiny(), encoded()
     with torch.no_grad(): chosen, rejected = by_hand(policy, rows)
-    t = dpo_trainer(tmp_path, policy, max_steps=3, learning_rate=.5, trainer=dict(peft_config=lora(init_lora_weights=init)))
+    t = dpo_trainer(tmp_path, policy, max_steps=3, learning_rate=.5,
+                    trainer=dict(peft_config=lora(init_lora_weights=init)))
     base, adapter = of_base(t.model), of_adapter(t.model)
-    assert t.shares_prefix and t.train_dataset['ref_chosen'] == pytest.approx(chosen.tolist(), abs=5e-5) and t.train_dataset['ref_rejected'] == pytest.approx(rejected.tolist(), abs=5e-5)
+    assert (t.shares_prefix and t.train_dataset['ref_chosen'] == pytest.approx(chosen.tolist(), abs=5e-5)
+            and t.train_dataset['ref_rejected'] == pytest.approx(rejected.tolist(), abs=5e-5))
     t.train()
     assert distance(base, of_base(t.model)) == 0 and distance(adapter, of_adapter(t.model)) > 1e-3
     first = logged(t, 'loss')[0]
     assert abs(first - math.log(2)) > 1e-3 if init is False else first == pytest.approx(math.log(2), abs=1e-6)
-    with t.model.disable_adapter(), torch.no_grad(): assert torch.stack(by_hand(t.model, rows))[0].tolist() == pytest.approx(chosen.tolist(), abs=5e-5)
+    with t.model.disable_adapter(), torch.no_grad():
+        assert torch.stack(by_hand(t.model, rows))[0].tolist() == pytest.approx(chosen.tolist(), abs=5e-5)
 
 
 def test_item32_reference_of_a_trained_adapter_is_that_adapter(tmp_path):
-    "A model that comes with a trained adapter: KL 0 at the start, reference = base + that adapter and not the bare base, equal to the merged model's; unchanged after five updates [fails when the reference pass switches every adapter off]"
+    """A model that comes with a trained adapter: KL 0 at the start, reference = base + that adapter and not the
+    bare base, equal to the merged model's; unchanged after five updates [fails when the reference pass
+    switches every adapter off]"""
     policy, rows = with_trained_adapter(), encoded()
     merged = copy.deepcopy(policy).merge_and_unload()
     with torch.no_grad(): (chosen, rejected), bare = by_hand(merged, rows), by_hand(tiny(), rows)[0]
     t = dpo_trainer(tmp_path, policy, max_steps=5, learning_rate=.5)
     before = t.train_dataset['ref_chosen'][:]
-    assert before == pytest.approx(chosen.tolist(), abs=1e-4) and t.train_dataset['ref_rejected'] == pytest.approx(rejected.tolist(), abs=1e-4)
+    assert (before == pytest.approx(chosen.tolist(), abs=1e-4)
+            and t.train_dataset['ref_rejected'] == pytest.approx(rejected.tolist(), abs=1e-4))
     assert (chosen - bare).abs().max() > .1
     t.train()
-    assert logged(t, 'kl')[0] == pytest.approx(0, abs=1e-6) and logged(t, 'loss')[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert (logged(t, 'kl')[0] == pytest.approx(0, abs=1e-6)
+            and logged(t, 'loss')[0] == pytest.approx(math.log(2), abs=1e-6))
     assert t.train_dataset['ref_chosen'][:] == before and abs(logged(t, 'kl')[-1]) > 1e-3
 
 
 @pytest.mark.parametrize('how', ['new', 'trained'])
 def test_item33_what_is_trained_stays_trained(how, tmp_path):
-    "`requires_grad` as before the reference pass; every trained weight is in the optimizer, and moves [fails when the adapter is left frozen; peft 0.21 itself no longer flips them, `_without_adapter` guards against versions that do]"
+    """`requires_grad` as before the reference pass; every trained weight is in the optimizer, and moves [fails
+    when the adapter is left frozen; peft 0.21 itself no longer flips them, `without_adapter` guards against
+    versions that do]"""
     start = with_trained_adapter() if how == 'trained' else tiny()
-    t = dpo_trainer(tmp_path, start, max_steps=1, learning_rate=.5, trainer=dict(peft_config=None if how == 'trained' else lora()))
+    t = dpo_trainer(tmp_path, start, max_steps=1, learning_rate=.5,
+                    trainer=dict(peft_config=None if how == 'trained' else lora()))
     assert {k for k, g in trained(t.model).items() if g} == {k for k in trained(t.model) if 'lora_' in k}
     before = of_adapter(t.model)
     t.train()
-    assert {id(p) for g in t.optimizer.param_groups for p in g['params']} == {id(p) for p in t.model.parameters() if p.requires_grad}
+    assert {id(p) for g in t.optimizer.param_groups
+            for p in g['params']} == {id(p) for p in t.model.parameters() if p.requires_grad}
     after = of_adapter(t.model)
     assert all(float((after[k] - before[k]).abs().max()) > 0 for k in after if 'lora_B' in k)
 
@@ -633,26 +741,34 @@ def test_item33_nothing_to_train_is_said(tmp_path):
 
 def test_item34_two_claims_to_the_reference_raise(tmp_path):
     "peft_config with ref_model, or on a model that has an adapter [fails when one of them is silently ignored]"
-    with pytest.raises(UserError, match='ref_model and peft_config'): dpo_trainer(tmp_path, tiny(), tiny(seed=1), trainer=dict(peft_config=lora()))
-    with pytest.raises(UserError, match='adapter already'): dpo_trainer(tmp_path, with_trained_adapter(), trainer=dict(peft_config=lora()))
+    with pytest.raises(UserError, match='ref_model and peft_config'):
+        dpo_trainer(tmp_path, tiny(), tiny(seed=1), trainer=dict(peft_config=lora()))
+    with pytest.raises(UserError, match='adapter already'):
+        dpo_trainer(tmp_path, with_trained_adapter(), trainer=dict(peft_config=lora()))
 
 
 def test_item26_an_adapter_checkpoint_is_an_adapter(tmp_path):
     "Loaded onto the base model it gives the trained policy [fails when the base is saved in its place]"
     from peft import PeftModel
-    t = dpo_trainer(tmp_path, tiny(), max_steps=2, learning_rate=.5, save_strategy='steps', save_steps=2, trainer=dict(peft_config=lora()))
+    t = dpo_trainer(tmp_path, tiny(), max_steps=2, learning_rate=.5, save_strategy='steps', save_steps=2,
+                    trainer=dict(peft_config=lora()))
     t.train()
     again = PeftModel.from_pretrained(tiny(), tmp_path/'checkpoint-2').eval()
-    with torch.no_grad(): assert by_hand(again, encoded())[0].tolist() == pytest.approx(by_hand(t.model.eval(), encoded())[0].tolist(), abs=1e-5)
+    with torch.no_grad():
+        assert (by_hand(again, encoded())[0].tolist()
+                == pytest.approx(by_hand(t.model.eval(), encoded())[0].tolist(), abs=1e-5))
 
 
 # ---- chat messages
 
-CHATML = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-INST = "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+          "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+INST = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]{% else "
+        "%} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}")
 
 def chat_tokenizer(kind):
-    "Qwen-like: no BOS, turns end in the EOS token and a line break. Llama-like: the template writes BOS, and EOS right behind the answer"
+    """Qwen-like: no BOS, turns end in the EOS token and a line break. Llama-like: the template writes BOS, and
+    EOS right behind the answer"""
     tok = copy.deepcopy(bpe('gpt2' if kind == 'qwen' else 'llama'))
     if kind == 'qwen':
         tok.add_special_tokens({'additional_special_tokens': ['<|im_start|>'], 'eos_token': '<|im_end|>'})
@@ -660,21 +776,30 @@ def chat_tokenizer(kind):
     return tok
 
 def chat_rows():
-    user, answer = (lambda text: [dict(role='user', content=text)]), (lambda text: [dict(role='assistant', content=text)])
-    return Dataset.from_list([dict(prompt=user('hello world'), chosen=answer('the answer is here.'), rejected=answer('hello')),
-                              dict(prompt=[*user('hello'), *answer('hello world'), *user('the answer')], chosen=answer('world'), rejected=answer(' of answers '))])
+    user, answer = ((lambda text: [dict(role='user', content=text)]),
+                    (lambda text: [dict(role='assistant', content=text)]))
+    return Dataset.from_list(
+        [dict(prompt=user('hello world'), chosen=answer('the answer is here.'), rejected=answer('hello')),
+                              dict(prompt=[*user('hello'), *answer('hello world'), *user('the answer')],
+                                   chosen=answer('world'), rejected=answer(' of answers '))])
 
 @pytest.mark.parametrize('kind', ['qwen', 'llama'])
 def test_item35_36_58_chat_messages(kind):
-    "The prompt's ids are those of the generation prompt, one EOS ends each answer and nothing follows it, at most one BOS and only first, the whole decodes to the rendered dialogue [fails when the tokenizer adds a second BOS, and when the template's line break stays behind EOS]"
+    """The prompt's ids are those of the generation prompt, one EOS ends each answer and nothing follows it, at
+    most one BOS and only first, the whole decodes to the rendered dialogue [fails when the tokenizer adds a
+    second BOS, and when the template's line break stays behind EOS]"""
     tok, ds = chat_tokenizer(kind), chat_rows()
     for row, ids in zip(ds, encode_pairs(ds, tok)[0]):
-        assert ids['prompt_ids'] == tok.apply_chat_template(row['prompt'], add_generation_prompt=True, return_dict=True)['input_ids']
+        assert ids['prompt_ids'] == tok.apply_chat_template(
+            row['prompt'], add_generation_prompt=True, return_dict=True)['input_ids']
         for side in ('chosen', 'rejected'):
             whole = ids['prompt_ids'] + ids[f'{side}_ids']
-            assert ids[f'{side}_ids'].count(tok.eos_token_id) == 1 and whole[-1] == tok.eos_token_id and None not in whole and len(ids[f'{side}_ids']) > 1
-            assert whole.count(tok.bos_token_id) == (kind == 'llama') and (kind == 'qwen' or whole[0] == tok.bos_token_id)
-            assert tok.decode(whole) == tok.decode(tok.apply_chat_template(row['prompt'] + row[side], return_dict=True)['input_ids']).rstrip('\n')
+            assert (ids[f'{side}_ids'].count(tok.eos_token_id) == 1 and whole[-1] == tok.eos_token_id
+                    and None not in whole and len(ids[f'{side}_ids']) > 1)
+            assert (whole.count(tok.bos_token_id) == (kind == 'llama')
+                    and (kind == 'qwen' or whole[0] == tok.bos_token_id))
+            assert tok.decode(whole) == tok.decode(
+                tok.apply_chat_template(row['prompt'] + row[side], return_dict=True)['input_ids']).rstrip('\n')
 
 
 def test_item35_a_template_that_renders_the_prompt_differently_is_refused():
@@ -688,8 +813,11 @@ def test_chat_messages_train_like_their_text(tmp_path):
     "Messages and the same dialogue as text: same ids, same run [fails when the generation prompt is left out]"
     tok, ds = chat_tokenizer('qwen'), chat_rows()
     render = lambda m, **kw: tok.apply_chat_template(m, tokenize=False, **kw)
-    text = Dataset.from_list([dict(prompt=(p := render(r['prompt'], add_generation_prompt=True)), **{k: render(r['prompt'] + r[k])[len(p):].removesuffix('<|im_end|>\n') for k in ('chosen', 'rejected')}) for r in ds])
-    runs = [dpo_trainer(tmp_path, tiny(vocab=len(tok), max_position_embeddings=256), pairs=pairs, tok=tok, max_steps=2) for pairs in (ds, text)]
+    text = Dataset.from_list([dict(prompt=(p := render(r['prompt'], add_generation_prompt=True)),
+                                   **{k: render(r['prompt'] + r[k])[len(p):].removesuffix('<|im_end|>\n')
+                                      for k in ('chosen', 'rejected')}) for r in ds])
+    runs = [dpo_trainer(tmp_path, tiny(vocab=len(tok), max_position_embeddings=256), pairs=pairs, tok=tok,
+                        max_steps=2) for pairs in (ds, text)]
     for t in runs: t.train()
     assert logged(runs[0]) == logged(runs[1]) and logged(runs[0], 'loss')[0] == pytest.approx(math.log(2), abs=1e-6)
 
@@ -702,15 +830,18 @@ def cache(tmp_path, monkeypatch):
     import mpo_nb.dpo
     computed, real = [], mpo_nb.dpo.all_logps
     monkeypatch.setenv('MPO_NB_CACHE', str(tmp_path/'cache'))
-    monkeypatch.setattr(mpo_nb.dpo, 'all_logps', lambda model, pairs, *a: (computed.append(len(pairs)), real(model, pairs, *a))[1])
+    monkeypatch.setattr(mpo_nb.dpo, 'all_logps',
+                        lambda model, pairs, *a: (computed.append(len(pairs)), real(model, pairs, *a))[1])
     return tmp_path/'cache', computed
 
 def refs(t): return [t.train_dataset[f'ref_{k}'][:] for k in ('chosen', 'rejected')]
 
 def test_item44_a_cache_hit_gives_equal_numbers(cache, tmp_path):
-    "The second trainer on the same model and data computes nothing, its numbers are the very same, and so is its run; off, nothing is written [fails when the file is never read]"
+    """The second trainer on the same model and data computes nothing, its numbers are the very same, and so is
+    its run; off, nothing is written [fails when the file is never read]"""
     folder, computed = cache
-    runs = [dpo_trainer(tmp_path, tiny(), trainer=dict(eval_dataset=toy_pairs(5, seed=7)), cache_reference=c, max_steps=2) for c in (True, True, False)]
+    runs = [dpo_trainer(tmp_path, tiny(), trainer=dict(eval_dataset=toy_pairs(5, seed=7)), cache_reference=c,
+                        max_steps=2) for c in (True, True, False)]
     assert computed == [8, 5, 8, 5] and len(list(folder.iterdir())) == 2
     assert refs(runs[0]) == refs(runs[1]) == refs(runs[2])
     for t in runs: t.train()
@@ -725,21 +856,28 @@ def other_word(tok):
     v[a], v[b] = v[b], v[a]
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(t)), pad_token=tok.pad_token, eos_token=tok.eos_token)
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(t)), pad_token=tok.pad_token,
+                                   eos_token=tok.eos_token)
 
 def test_item44_the_cache_key_holds_all_that_matters(cache, tmp_path):
-    "Other weights, one bit of them, pairs, order, tokenizer, max_length, max_prompt_length, configuration, precision, adapter: a miss each time [fails when any of weights, ids, configuration or adapter is left out of the key]"
+    """Other weights, one bit of them, pairs, order, tokenizer, max_length, max_prompt_length, configuration,
+    precision, adapter: a miss each time [fails when any of weights, ids, configuration or adapter is left out
+    of the key]"""
     folder, computed = cache
     def nudged():
         m = tiny()
         m.model.norm.weight.data[0] *= 1 + 2**-20
         return m
     make = lambda *a, trainer=(), **kw: dpo_trainer(tmp_path, *a, cache_reference=True, trainer=dict(trainer), **kw)
-    pairs, lengths = toy_pairs(), sorted(len(r['prompt_ids']) + max(len(r['chosen_ids']), len(r['rejected_ids'])) for r in encoded())
+    pairs, lengths = toy_pairs(), sorted(len(r['prompt_ids']) + max(len(r['chosen_ids']), len(r['rejected_ids']))
+                                         for r in encoded())
     first = make()
-    others = [lambda: make(tiny(seed=1)), lambda: make(nudged()), lambda: make(pairs=pairs.select(range(7))), lambda: make(pairs=pairs.select(range(7, -1, -1))), lambda: make(tok=other_word(toy_tokenizer())),
-              lambda: make(max_length=lengths[-1] - 1), lambda: make(max_prompt_length=4), lambda: make(tiny(rms_norm_eps=1e-2)), lambda: make(bf16=True), lambda: make(share_prefix=False),
-              lambda: make(with_trained_adapter()), lambda: make(with_trained_adapter(scale=.4)), lambda: make(tiny(), trainer=dict(peft_config=lora(init_lora_weights=False)))]
+    others = [lambda: make(tiny(seed=1)), lambda: make(nudged()), lambda: make(pairs=pairs.select(range(7))),
+              lambda: make(pairs=pairs.select(range(7, -1, -1))), lambda: make(tok=other_word(toy_tokenizer())),
+              lambda: make(max_length=lengths[-1] - 1), lambda: make(max_prompt_length=4),
+              lambda: make(tiny(rms_norm_eps=1e-2)), lambda: make(bf16=True), lambda: make(share_prefix=False),
+              lambda: make(with_trained_adapter()), lambda: make(with_trained_adapter(scale=.4)),
+              lambda: make(tiny(), trainer=dict(peft_config=lora(init_lora_weights=False)))]
     for i, other in enumerate(others):
         other()
         assert len(computed) == i + 2, f'number {i} was read from the cache of another'
@@ -758,7 +896,8 @@ def test_item44_a_cache_that_cannot_be_written_is_no_reason_to_stop(tmp_path, mo
 # ---- batches by length
 
 def test_batches_hold_pairs_of_similar_length():
-    "Every pair once, seed and epoch decide, and the batches are narrower than shuffled ones, in no order of length [fails when the batches of a window stay sorted]"
+    """Every pair once, seed and epoch decide, and the batches are narrower than shuffled ones, in no order of
+    length [fails when the batches of a window stay sorted]"""
     lengths = torch.randint(10, 200, (400,), generator=torch.Generator().manual_seed(0)).tolist()
     sampler = ByLength(lengths, 8, seed=3)
     first, again = list(sampler), list(sampler)
@@ -768,7 +907,8 @@ def test_batches_hold_pairs_of_similar_length():
     assert list(ByLength(lengths, 8, seed=4)) != first
     widths = [max(lengths[i] for i in first[s:s + 8]) for s in range(0, 400, 8)]
     assert widths[0] == max(widths) and 8 * sum(widths) < 1.1 * sum(lengths)
-    assert .3 < np.mean(np.diff(widths) > 0) < .7   # in a sorted window nearly every batch is narrower than the one before
+    # in a sorted window nearly every batch is narrower than the one before
+    assert .3 < np.mean(np.diff(widths) > 0) < .7
 
 
 @pytest.mark.parametrize('n', [1, 3, 8, 13])
@@ -786,24 +926,31 @@ def test_other_orders_are_still_there(strategy, tmp_path):
 
 def mamba():
     from transformers import MambaConfig
-    return AutoModelForCausalLM.from_config(MambaConfig(vocab_size=132, hidden_size=16, state_size=4, num_hidden_layers=2, initializer_range=.3)).eval()
+    return AutoModelForCausalLM.from_config(MambaConfig(vocab_size=132, hidden_size=16, state_size=4,
+                                                        num_hidden_layers=2, initializer_range=.3)).eval()
 def window():
-    config = dict(vocab_size=132, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=24, max_position_embeddings=96, initializer_range=.3)
+    config = dict(vocab_size=132, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+                  intermediate_size=24, max_position_embeddings=96, initializer_range=.3)
     return AutoModelForCausalLM.from_config(MistralConfig(sliding_window=8, **config)).eval()
 def softcap():
     from transformers import Gemma2Config
-    return AutoModelForCausalLM.from_config(Gemma2Config(vocab_size=132, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8, intermediate_size=24, initializer_range=.3, final_logit_softcapping=2.,
-                                                         max_position_embeddings=96, attn_implementation='eager')).eval()
+    return AutoModelForCausalLM.from_config(
+        Gemma2Config(vocab_size=132, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                     num_key_value_heads=1, head_dim=8, intermediate_size=24, initializer_range=.3,
+                     final_logit_softcapping=2., max_position_embeddings=96, attn_implementation='eager')).eval()
 
-@pytest.mark.parametrize('make, way', [(mamba, single_logps), (window, single_logps), (softcap, plain_logps), (tiny, shared_logps)])
+@pytest.mark.parametrize('make, way', [(mamba, single_logps), (window, single_logps), (softcap, plain_logps),
+                                       (tiny, shared_logps)])
 def test_models_get_the_fastest_way_that_holds(make, way, tmp_path, caplog):
-    "State space, sliding window, logits capped behind the head: another way, said once, and the log-probs of single rows by hand [fails when the ways aren't compared with the plain one]"
+    """State space, sliding window, logits capped behind the head: another way, said once, and the log-probs of
+    single rows by hand [fails when the ways aren't compared with the plain one]"""
     model = make()
     with caplog.at_level(logging.WARNING, 'mpo_nb'): t = dpo_trainer(tmp_path, model)
     assert t.forward_pass is way
     assert caplog.text.count('cannot share a prompt') == (way is not shared_logps)
     with torch.no_grad(): chosen, rejected = by_hand(model, encoded())
-    assert t.train_dataset['ref_chosen'] == pytest.approx(chosen.tolist(), abs=1e-3) and t.train_dataset['ref_rejected'] == pytest.approx(rejected.tolist(), abs=1e-3)
+    assert (t.train_dataset['ref_chosen'] == pytest.approx(chosen.tolist(), abs=1e-3)
+            and t.train_dataset['ref_rejected'] == pytest.approx(rejected.tolist(), abs=1e-3))
     t.train()
     assert logged(t, 'loss')[0] == pytest.approx(math.log(2), abs=1e-6)
 
@@ -819,27 +966,37 @@ def test_encoder_decoders_are_refused(tmp_path):
 
 def shared_run(folder, size):
     "Four AdamW steps of 8 pairs each, `size` pairs a process, with an evaluation at the end"
-    t = dpo_trainer(folder, tiny(seed=1), ref=tiny(seed=2), pairs=toy_pairs(24), per_device_train_batch_size=size, max_steps=4, optim='adamw_torch', learning_rate=1e-2, max_grad_norm=1., ddp_find_unused_parameters=False,
-                    trainer=dict(eval_dataset=toy_pairs(8, seed=7)))
+    t = dpo_trainer(folder, tiny(seed=1), ref=tiny(seed=2), pairs=toy_pairs(24), per_device_train_batch_size=size,
+                    max_steps=4, optim='adamw_torch', learning_rate=1e-2, max_grad_norm=1.,
+                    ddp_find_unused_parameters=False, trainer=dict(eval_dataset=toy_pairs(8, seed=7)))
     t.train()
     t.evaluate()
     return t
 
 def test_two_processes_end_where_one_does(tmp_path):
-    "`accelerate launch` with two CPU processes (gloo), 4 pairs each, against one with 8: weights, losses, rewards and reference log-probs, to 1e-5 [fails when the loss isn't multiplied by the number of processes, and when each process has its own order of the data]"
+    """`accelerate launch` with two CPU processes (gloo), 4 pairs each, against one with 8: weights, losses,
+    rewards and reference log-probs, to 1e-5 [fails when the loss isn't multiplied by the number of processes,
+    and when each process has its own order of the data]"""
     one = shared_run(tmp_path/'one', 8)
     code = tmp_path/'two.py'
     code.write_text('import conftest, sys, torch; torch.set_num_threads(1)\n'
                     'from test_dpo import shared_run, logged, weights\n'
                     't = shared_run(sys.argv[1], 4)\n'
-                    'assert t.accelerator.num_processes == 2 and type(t.model_wrapped).__name__ == "DistributedDataParallel"\n'
-                    'if t.is_world_process_zero(): torch.save((weights(t.model), logged(t), t.train_dataset["ref_chosen"][:]), sys.argv[2])\n'
+                    'assert t.accelerator.num_processes == 2 and '
+                    'type(t.model_wrapped).__name__ == "DistributedDataParallel"\n'
+                    'if t.is_world_process_zero(): torch.save((weights(t.model), '
+                    'logged(t), t.train_dataset["ref_chosen"][:]), sys.argv[2])\n'
                     'torch.distributed.barrier(); torch.distributed.destroy_process_group()\n'
                     'import os; os._exit(0)\n')   # a thread of gloo may outlive the interpreter and abort
     here = Path(__file__).parent
-    command = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1', '--num_cpu_threads_per_process', '1', '--mixed_precision', 'no',
-               '--dynamo_backend', 'no', '--main_process_port', '0', str(code), str(tmp_path/'two'), str(tmp_path/'out.pt')]   # --multi_gpu is its name for its torchrun launcher
-    p = subprocess.run(command, cwd=here, env=os.environ | dict(PYTHONPATH=f'{here}:{here.parent}', OMP_NUM_THREADS='1'), capture_output=True, text=True, timeout=600)
+    # --multi_gpu is its name for its torchrun launcher
+    command = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2',
+               '--num_machines', '1', '--num_cpu_threads_per_process', '1', '--mixed_precision', 'no',
+               '--dynamo_backend', 'no', '--main_process_port', '0', str(code), str(tmp_path/'two'),
+               str(tmp_path/'out.pt')]
+    p = subprocess.run(command, cwd=here,
+                       env=os.environ | dict(PYTHONPATH=f'{here}:{here.parent}', OMP_NUM_THREADS='1'),
+                       capture_output=True, text=True, timeout=600)
     assert p.returncode == 0, p.stderr[-3000:]
     theirs, log, ref = torch.load(tmp_path/'out.pt', weights_only=True)
     assert distance(weights(tiny(seed=1)), weights(one.model)) > 1e-2
@@ -854,7 +1011,8 @@ def test_two_processes_end_where_one_does(tmp_path):
 def rng_state(): return random.getstate(), [str(x) for x in np.random.get_state()], torch.get_rng_state().tolist()
 
 def test_item27_runs_depend_on_their_seed_alone(tmp_path):
-    "Same seed, same run, whatever the global generators say; another seed, another order; building a trainer leaves them as they were [fails when the order of the data comes from the global seed]"
+    """Same seed, same run, whatever the global generators say; another seed, another order; building a trainer
+    leaves them as they were [fails when the order of the data comes from the global seed]"""
     logs = []
     for seed, world in ((1, 10), (1, 11), (2, 10)):
         torch.manual_seed(world), np.random.seed(world), random.seed(world)
@@ -878,7 +1036,9 @@ def test_item29_logs_are_floats_and_hold_no_graph(tmp_path):
 
 def little_run(folder, resume=None):
     "Six steps in two shuffled epochs, with a checkpoint after each"
-    t = dpo_trainer(folder, tiny(seed=1), ref=tiny(seed=2), per_device_train_batch_size=3, max_steps=6, optim='adamw_torch', learning_rate=1e-2, lr_scheduler_type='linear', max_grad_norm=1., save_strategy='steps', save_steps=1, seed=5, trainer=dict(callbacks=[AtTheEnd()]))
+    t = dpo_trainer(folder, tiny(seed=1), ref=tiny(seed=2), per_device_train_batch_size=3, max_steps=6,
+                    optim='adamw_torch', learning_rate=1e-2, lr_scheduler_type='linear', max_grad_norm=1.,
+                    save_strategy='steps', save_steps=1, seed=5, trainer=dict(callbacks=[AtTheEnd()]))
     t.train(resume_from_checkpoint=resume and str(resume))
     return t
 
@@ -892,13 +1052,15 @@ def straight(tmp_path_factory):
 
 @pytest.mark.parametrize('step', [1, 3, 4])
 def test_item26_resume_is_bitwise(step, straight, tmp_path):
-    "In the first epoch, between two, in the second: weights, Adam, scheduler, random states, logs [fails when the order of the data comes from the global seed]"
+    """In the first epoch, between two, in the second: weights, Adam, scheduler, random states, logs [fails when
+    the order of the data comes from the global seed]"""
     folder, end, _ = straight
     assert end_state(little_run(tmp_path, folder/f'checkpoint-{step}')) == end
 
 
 def test_item26_resume_is_bitwise_in_a_new_process(straight, tmp_path):
-    "Another process with other random states, in the middle of the first epoch [fails when the order of the data comes from the global seed]"
+    """Another process with other random states, in the middle of the first epoch [fails when the order of the
+    data comes from the global seed]"""
     folder, end, _ = straight
     assert in_a_new_process('test_dpo', tmp_path, folder/'checkpoint-2') == json.loads(json.dumps(end))
 

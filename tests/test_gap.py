@@ -5,10 +5,16 @@ import pandas as pd
 import pytest
 from datasets import Dataset, load_dataset
 
-from mpo_nb.data import UserError
-from mpo_nb.gap import (EnsembleReward, accuracy_by_gap, add_gaps, calibration, crossfit_gaps, expected_calibration_error, extreme_pairs, fit_temperature, gap_correlations, gap_threshold,
-                        label_agreement, noise_bound, noise_rate, pair_features, plot_accuracy_by_gap, plot_gaps, plot_sweep, prompt_folds, resample_pairs, split_by_gap, swap_labels,
-                        threshold_sweep, wrong_probability)
+from mpo_nb.core import UserError
+from mpo_nb.gap import (
+    EnsembleReward, accuracy_by_gap, add_gaps, crossfit_gaps, extreme_pairs, gap_correlations, label_agreement,
+    pair_features, plot_accuracy_by_gap, plot_gaps, plot_sweep, prompt_folds, resample_pairs, split_by_gap,
+    swap_labels, threshold_sweep
+)
+from mpo_nb.noise import (
+    calibration, expected_calibration_error, fit_temperature, gap_threshold, noise_bound, noise_rate,
+    wrong_probability
+)
 
 matplotlib.use('Agg')
 FORMS = 'hard', 'easy', 'swap', 'drop'
@@ -16,8 +22,9 @@ FORMS = 'hard', 'easy', 'swap', 'drop'
 
 def pairs(gaps, **columns):
     n = len(gaps)
-    return Dataset.from_dict(dict(prompt=[f'p{i}' for i in range(n)], chosen=[f'c{i}' for i in range(n)], rejected=[f'r{i}' for i in range(n)],
-                                  reward_chosen=[float(g) for g in gaps], reward_rejected=[0.]*n, gap=[float(g) for g in gaps], **columns))
+    return Dataset.from_dict(dict(prompt=[f'p{i}' for i in range(n)], chosen=[f'c{i}' for i in range(n)],
+                                  rejected=[f'r{i}' for i in range(n)], reward_chosen=[float(g) for g in gaps],
+                                  reward_rejected=[0.]*n, gap=[float(g) for g in gaps], **columns))
 
 
 def rows(sets): return {k: list(d['source_row']) for k, d in sets.items()}
@@ -44,7 +51,8 @@ def test_gap_zero_is_never_easy(form, how):
 
 
 @pytest.mark.parametrize('form', FORMS)
-@pytest.mark.parametrize('how', [dict(threshold=0), dict(threshold=.7), dict(threshold=99), dict(easy_fraction=0.), dict(easy_fraction=.3), dict(easy_fraction=1.)])
+@pytest.mark.parametrize('how', [dict(threshold=0), dict(threshold=.7), dict(threshold=99), dict(easy_fraction=0.),
+                                 dict(easy_fraction=.3), dict(easy_fraction=1.)])
 def test_every_pair_is_in_exactly_one_set(form, how):
     gaps = np.random.default_rng(0).normal(size=200).round(1)   # many ties
     sets = split_by_gap(pairs(gaps), disagree=form, **how)
@@ -71,21 +79,26 @@ def test_ties_do_not_depend_on_the_order_of_rows():
 
 
 def test_swap_exchanges_all_paired_columns():
-    ds = pairs([2., -3.], gold_chosen=[1., -1.], gold_rejected=[0., 1.], flipped=[False, True], ids_chosen=[[1], [2]], ids_rejected=[[3], [4]], note=['a', 'b'])
+    ds = pairs([2., -3.], gold_chosen=[1., -1.], gold_rejected=[0., 1.], flipped=[False, True], ids_chosen=[[1], [2]],
+               ids_rejected=[[3], [4]], note=['a', 'b'])
     easy = split_by_gap(ds, threshold=1, disagree='swap')['easy']
     assert easy[0]['swapped'] is False and {k: easy[0][k] for k in ds.column_names} == ds[0]
-    assert easy[1] | dict(prompt='p1', chosen='r1', rejected='c1', reward_chosen=0., reward_rejected=-3., gap=3., gold_chosen=1., gold_rejected=-1., flipped=False,
+    assert easy[1] | dict(prompt='p1', chosen='r1', rejected='c1', reward_chosen=0.,
+                          reward_rejected=-3., gap=3., gold_chosen=1., gold_rejected=-1., flipped=False,
                           ids_chosen=[4], ids_rejected=[2], note='b', swapped=True, source_row=1) == easy[1]
     assert swap_labels(swap_labels(ds, [True, True]), [True, True]).remove_columns('swapped')[:] == ds[:]
 
 
 def test_item60_side_columns_survive_split_and_file(tmp_path):
-    ds = add_gaps(Dataset.from_dict(dict(prompt=list('abcd'), chosen=['1', '22', '3', '4444'], rejected=['', '1', '333', '4'], who=list('wxyz'))), lambda p, c: [len(x) for x in c])
+    ds = add_gaps(Dataset.from_dict(dict(prompt=list('abcd'), chosen=['1', '22', '3', '4444'],
+                                         rejected=['', '1', '333', '4'], who=list('wxyz'))),
+                  lambda p, c: [len(x) for x in c])
     assert list(ds['gap']) == [1, 1, -2, 3] and list(ds['source_row']) == [0, 1, 2, 3]
     sets = split_by_gap(ds.shuffle(seed=1), threshold=1)
     for k, d in sets.items():
         d.to_parquet(tmp_path/f'{k}.parquet')
-        back = load_dataset('parquet', data_files=str(tmp_path/f'{k}.parquet'), split='train', cache_dir=str(tmp_path/'cache'))
+        back = load_dataset('parquet', data_files=str(tmp_path/f'{k}.parquet'), split='train',
+                            cache_dir=str(tmp_path/'cache'))
         for r in back: assert {c: r[c] for c in ds.column_names} == ds[r['source_row']] and r['set'] == k
 
 
@@ -100,18 +113,22 @@ def test_item55_a_constant_added_to_rewards_changes_nothing():
     ds, score = pairs([0.]*50), lambda p, c: np.array([hash((x[0] == 'c', int(x[1:])*7919 % 31)) % 97/8 for x in c])
     a, b = (add_gaps(ds, f) for f in (score, lambda p, c: score(p, c) + 1024.))
     assert a['gap'][:] == b['gap'][:] and len(set(a['gap'][:])) > 5
-    for how in (dict(easy_fraction=.4), dict(threshold=1.)): assert rows(split_by_gap(a, **how)) == rows(split_by_gap(b, **how))
+    for how in (dict(easy_fraction=.4), dict(threshold=1.)):
+        assert rows(split_by_gap(a, **how)) == rows(split_by_gap(b, **how))
 
 
 @pytest.mark.parametrize('bad', [np.nan, np.inf])
 def test_a_gap_that_is_no_number_names_its_row(bad):
     with pytest.raises(UserError, match='row 2'): split_by_gap(pairs([1., 2., bad]), threshold=1)
-    with pytest.raises(UserError, match='row 1'): add_gaps(pairs([1., 2.]), lambda p, c: [0., bad if c[0] == 'c0' else 1.])
+    with pytest.raises(UserError, match='row 1'):
+        add_gaps(pairs([1., 2.]), lambda p, c: [0., bad if c[0] == 'c0' else 1.])
 
 
 @pytest.mark.parametrize('kw, message', [
-    (dict(), 'one of the two'), (dict(threshold=1, easy_fraction=.5), 'one of the two'), (dict(threshold=-1), 'threshold is -1'), (dict(threshold=np.nan), 'threshold is nan'),
-    (dict(easy_fraction=50), 'easy_fraction is 50'), (dict(easy_fraction=np.nan), 'easy_fraction is nan'), (dict(threshold=1, disagree='keep'), "'keep'")])
+    (dict(), 'one of the two'), (dict(threshold=1, easy_fraction=.5), 'one of the two'),
+    (dict(threshold=-1), 'threshold is -1'), (dict(threshold=np.nan), 'threshold is nan'),
+    (dict(easy_fraction=50), 'easy_fraction is 50'), (dict(easy_fraction=np.nan), 'easy_fraction is nan'),
+    (dict(threshold=1, disagree='keep'), "'keep'")])
 def test_bad_arguments(kw, message):
     with pytest.raises(UserError, match=message): split_by_gap(pairs(GAPS), **kw)
 
@@ -129,14 +146,16 @@ def test_accuracy_by_gap_counts_by_hand():
     t = accuracy_by_gap(ds, bins=(-np.inf, 0, 1, 5))
     assert t['n'].tolist() == [2, 2, 1]
     np.testing.assert_allclose(t['label_right'], [.5, 1., 0.])
-    np.testing.assert_allclose(t['model_right'], [.5, 1., 0.])   # -1: says rejected, wrong; 0: no preference counts as rejected, right
+    # -1: says rejected, wrong; 0: no preference counts as rejected, right
+    np.testing.assert_allclose(t['model_right'], [.5, 1., 0.])
     judge = ds.rename_columns({k: k.replace('gold', 'judge') for k in gold})
     np.testing.assert_array_equal(accuracy_by_gap(judge, (-np.inf, 0, 1, 5)), t)
     assert 'label_right' not in accuracy_by_gap(pairs(GAPS))
 
 
 def test_label_agreement_counts_half_for_no_gap():
-    assert label_agreement(pairs([1., -1., 0., 0.])) == .5 and label_agreement(pairs([2., 1., 0.])) == pytest.approx(2.5/3)
+    assert (label_agreement(pairs([1., -1., 0., 0.])) == .5
+            and label_agreement(pairs([2., 1., 0.])) == pytest.approx(2.5/3))
 
 
 def test_sweep_and_extremes():
@@ -165,14 +184,17 @@ def test_plots_draw_where_they_are_told():
 # ---- cross-fitting and calibration
 
 def test_crossfitting_keeps_prompts_apart():
-    "Every pair is scored by the model whose training pairs hold no row of its prompt [fails when folds are made by row]"
+    """Every pair is scored by the model whose training pairs hold no row of its prompt [fails when folds are
+    made by row]"""
     prompts = [f'p{i % 12}' for i in range(40)]
-    ds = Dataset.from_dict(dict(prompt=prompts, chosen=[f'c{i}' for i in range(40)], rejected=[f'r{i}' for i in range(40)]))
+    ds = Dataset.from_dict(dict(prompt=prompts, chosen=[f'c{i}' for i in range(40)],
+                                rejected=[f'r{i}' for i in range(40)]))
     def fit(pairs, fold):
         seen = set(pairs['prompt'])
         return lambda ps, cs: np.array([100. * (p in seen) * (c[0] == 'c') + fold for p, c in zip(ps, cs)])
     got = crossfit_gaps(ds, fit, folds=4, seed=3)
-    assert set(got['gap']) == {0.} and set(got['reward_chosen']) == {-50.}, 'zero of each model: the mean score of its own training pairs'
+    assert (set(got['gap']) == {0.}
+            and set(got['reward_chosen']) == {-50.}), 'zero of each model: the mean score of its own training pairs'
     assert got['fold'][:] == prompt_folds(prompts, 4, 3).tolist()
     assert all(s > 0 for s in got['gap_spread']) and got['chosen'][:] == ds['chosen'][:]
 
@@ -184,11 +206,14 @@ def test_impossible_folds_are_refused(folds):
 
 def test_folds_are_even_and_repeatable():
     folds = prompt_folds([f'p{i}' for i in range(11)], 3, seed=1)
-    assert sorted(np.bincount(folds)) == [3, 4, 4] and (folds == prompt_folds([f'p{i}' for i in range(11)], 3, seed=1)).all() and (folds != prompt_folds([f'p{i}' for i in range(11)], 3, seed=2)).any()
+    assert (sorted(np.bincount(folds)) == [3, 4, 4]
+            and (folds == prompt_folds([f'p{i}' for i in range(11)], 3, seed=1)).all()
+            and (folds != prompt_folds([f'p{i}' for i in range(11)], 3, seed=2)).any())
 
 
 def test_temperature_is_that_of_the_labels():
-    "Labels drawn with sigmoid(gap / 2.5) give that temperature, calibrated confidences, and a bound that holds the rate [fails when the gap is multiplied by T]"
+    """Labels drawn with sigmoid(gap / 2.5) give that temperature, calibrated confidences, and a bound that holds
+    the rate [fails when the gap is multiplied by T]"""
     rng = np.random.default_rng(0)
     size = np.abs(rng.normal(0, 3, 20000))
     gaps = np.where(rng.random(len(size)) < 1/(1 + np.exp(-size/2.5)), size, -size)
@@ -209,7 +234,8 @@ def test_temperature_needs_both_signs():
 
 
 def test_noise_bound_resamples_prompts():
-    "Nine copies of every pair under its prompt are no new evidence: the interval stays as wide [fails when rows are resampled: a third as wide]"
+    """Nine copies of every pair under its prompt are no new evidence: the interval stays as wide [fails when
+    rows are resampled: a third as wide]"""
     gaps = np.random.default_rng(0).normal(.7, 1.5, 400)
     width = lambda g, p: np.subtract(*noise_bound(g, p, n_boot=100)['ci'][::-1])
     prompts = [f'p{i}' for i in range(len(gaps))]
@@ -222,9 +248,12 @@ def test_a_tie_agrees_by_half():
 
 
 def test_pair_features_by_hand():
-    ds = Dataset.from_dict(dict(prompt=['\n\nHuman: a b\n\nAssistant:', 'x', ''], chosen=[' one two three', 'same words', 'a'], rejected=[' one four', 'same words', 'b c d']))
+    ds = Dataset.from_dict(dict(prompt=['\n\nHuman: a b\n\nAssistant:', 'x', ''],
+                                chosen=[' one two three', 'same words', 'a'],
+                                rejected=[' one four', 'same words', 'b c d']))
     f = pair_features(ds)
-    assert f['words_more'].tolist() == [1, 0, -2] and f['words_apart'].tolist() == [1, 0, 2] and f['turn'].tolist() == [1, 0, 0] and f['prompt_words'].tolist() == [4, 1, 0]
+    assert (f['words_more'].tolist() == [1, 0, -2] and f['words_apart'].tolist() == [1, 0, 2]
+            and f['turn'].tolist() == [1, 0, 0] and f['prompt_words'].tolist() == [4, 1, 0])
     np.testing.assert_allclose(f['overlap'], [2/5, 1, 0])   # twice the common words by all words
 
 
@@ -235,9 +264,11 @@ def test_gap_correlations_are_spearmans():
     x = dict(size=np.abs(gaps) + rng.normal(size=400), side=gaps**3, same=np.ones(400))
     t = gap_correlations(pairs(gaps), pd.DataFrame(x))
     for k in ('size', 'side'):
-        assert t.loc[k, 'size'] == pytest.approx(spearmanr(x[k], np.abs(gaps)).statistic) and t.loc[k, 'gap'] == pytest.approx(spearmanr(x[k], gaps).statistic)
+        assert (t.loc[k, 'size'] == pytest.approx(spearmanr(x[k], np.abs(gaps)).statistic)
+                and t.loc[k, 'gap'] == pytest.approx(spearmanr(x[k], gaps).statistic))
         assert t.loc[k, 'size_lo'] < t.loc[k, 'size'] < t.loc[k, 'size_hi']
-    assert t.loc['side', 'gap'] == pytest.approx(1) and t.loc['same'].isna().all()      # nothing to rank: no number, rather than 0
+    # nothing to rank: no number, rather than 0
+    assert t.loc['side', 'gap'] == pytest.approx(1) and t.loc['same'].isna().all()
     with pytest.raises(UserError, match='one row a pair'): gap_correlations(pairs(gaps), pd.DataFrame(x).head(3))
 
 
@@ -268,12 +299,14 @@ def test_cache_misses_what_is_not_the_same(kept):
     add_gaps(ds, reward, cache=True)
     word = ds.map(lambda r, i: dict(rejected=r['rejected'] + ' Hi.' if i == 5 else r['rejected']), with_indices=True)
     for n, d in enumerate((ds.select([1, 0, 2, 3, 4, 5]), word), 2):
-        assert add_gaps(d, reward, cache=True)['gap'][:] == pytest.approx(add_gaps(d, reward)['gap'][:]) and len(calls) == 2*n - 1
+        assert (add_gaps(d, reward, cache=True)['gap'][:] == pytest.approx(add_gaps(d, reward)['gap'][:])
+                and len(calls) == 2*n - 1)
     before = len(calls)
     with torch.no_grad(): reward.model.score.weight[0, 0] += 1.
     add_gaps(ds, reward, cache=True)
     reward.offset = 2.
-    assert add_gaps(ds, reward, cache=True)['reward_chosen'][:] == add_gaps(ds, reward)['reward_chosen'][:] and len(calls) == before + 3
+    assert (add_gaps(ds, reward, cache=True)['reward_chosen'][:] == add_gaps(ds, reward)['reward_chosen'][:]
+            and len(calls) == before + 3)
     with pytest.raises(UserError, match='no fingerprint'): add_gaps(ds, lambda p, c: [0.]*len(p), cache=True)
 
 
@@ -283,16 +316,20 @@ def test_ensemble_by_hand():
     a, b = (lambda p, c: np.array([1., 2.])), (lambda p, c: [3., 2.])
     np.testing.assert_allclose(EnsembleReward([a, b])(['p']*2, ['c']*2), [2, 2])
     np.testing.assert_allclose(EnsembleReward([a, b], penalty=.5)(['p']*2, ['c']*2), [2 - .5*np.sqrt(2), 2])
-    length, first = (lambda p, c: np.array([float(len(x)) for x in c])), (lambda p, c: np.array([3.*(x[0] == 'c') for x in c]))
-    ds = EnsembleReward([length, first]).gaps(Dataset.from_dict(dict(prompt=['p', 'q'], chosen=['caaa', 'c'], rejected=['rr', 'r'])))
-    np.testing.assert_allclose([ds['reward_chosen'], ds['reward_rejected'], ds['gap'], ds['gap_spread']], [[3.5, 2], [1, .5], [2.5, 1.5], [1/np.sqrt(2), 3/np.sqrt(2)]])
+    length, first = ((lambda p, c: np.array([float(len(x)) for x in c])),
+                     (lambda p, c: np.array([3.*(x[0] == 'c') for x in c])))
+    ds = EnsembleReward([length, first]).gaps(
+        Dataset.from_dict(dict(prompt=['p', 'q'], chosen=['caaa', 'c'], rejected=['rr', 'r'])))
+    np.testing.assert_allclose([ds['reward_chosen'], ds['reward_rejected'], ds['gap'], ds['gap_spread']],
+                               [[3.5, 2], [1, .5], [2.5, 1.5], [1/np.sqrt(2), 3/np.sqrt(2)]])
     with pytest.raises(UserError, match='at least 2'): EnsembleReward([a])
 
 
 # ---- noise
 
 def drawn(n, slope, spread, second, seed=0, per_prompt=2):
-    "Gaps, prompts, second labels and truth from the very model that is fitted: d ~ Normal(slope x, spread), labels ~ sigmoid(d)"
+    """Gaps, prompts, second labels and truth from the very model that is fitted: d ~ Normal(slope x, spread),
+    labels ~ sigmoid(d)"""
     rng = np.random.default_rng(seed)
     x = rng.normal(0, 1.5, n)
     d = slope*x + spread*rng.normal(size=n)
@@ -303,13 +340,15 @@ def drawn(n, slope, spread, second, seed=0, per_prompt=2):
 
 @pytest.mark.parametrize('slope, spread', [(1., 1.), (.5, 2.), (.1, 1.5)])
 def test_noise_rate_holds_the_truth(slope, spread):
-    "Also where the gaps say little (last row) [fails when the likelihood of two labels is that of one, or when they count as drawn apart from d]"
+    """Also where the gaps say little (last row) [fails when the likelihood of two labels is that of one, or when
+    they count as drawn apart from d]"""
     gaps, prompts, again, wrong = drawn(3000, slope, spread, 600)
     t = noise_rate(gaps, prompts, again, n_boot=40)
     assert t.loc['all', 'lo'] < wrong.mean() < t.loc['all', 'hi'] and t.loc['all', 'hi'] - t.loc['all', 'lo'] < .12
     assert t.loc['all', 'rate'] == pytest.approx(wrong.mean(), abs=.03)
     once = noise_rate(gaps, prompts, n_boot=10).loc['all']
-    assert once['lo'] == 0 and np.isnan(once['rate']) and wrong.mean() < once['hi'] and t.loc['all', 'hi'] < once['hi'] + .02
+    assert (once['lo'] == 0 and np.isnan(once['rate']) and wrong.mean() < once['hi']
+            and t.loc['all', 'hi'] < once['hi'] + .02)
 
 
 def test_noise_by_bins():
@@ -328,37 +367,43 @@ def test_wrong_probability_by_simulation():
     d = .8*1.2 + 1.5*rng.normal(size=400000)
     p = 1/(1 + np.exp(-d))
     first, second = rng.random((2, len(d))) < p
-    for seen, i in enumerate((first, first & second, first & ~second)): assert wrong_probability([1.2], .8, np.log(1.5), [seen])[0] == pytest.approx(np.mean(d[i] < 0), abs=.005)
+    for seen, i in enumerate((first, first & second, first & ~second)):
+        assert wrong_probability([1.2], .8, np.log(1.5), [seen])[0] == pytest.approx(np.mean(d[i] < 0), abs=.005)
 
 
 @pytest.mark.parametrize('again', [[True], [2]*20, [.5]*20])
 def test_second_labels_are_checked(again):
-    with pytest.raises(UserError, match='second labels: give 20'): noise_rate(np.linspace(-1, 2, 20), list('abcdefghijklmnopqrst'), again)
+    with pytest.raises(UserError, match='second labels: give 20'):
+        noise_rate(np.linspace(-1, 2, 20), list('abcdefghijklmnopqrst'), again)
 
 
 # ---- best and worst of n
 
 def test_resampling_pairs_best_with_worst(caplog):
-    "By a reward that counts letters; a prompt whose samples are all alike is left out, and `source_row` says which are there [fails when best and worst are taken over other prompts' rows]"
+    """By a reward that counts letters; a prompt whose samples are all alike is left out, and `source_row` says
+    which are there [fails when best and worst are taken over other prompts' rows]"""
     import logging
 
     from util import letters, talker, toy_prompts, toy_tokenizer
 
-    from mpo_nb.logprobs import sample
+    from mpo_nb.sampling import sample
     tok, prompts, policy = toy_tokenizer(), toy_prompts(6), talker()
     ds = resample_pairs(policy, tok, letters, prompts, 6, n=3, seed=4)
     texts = sample(policy, tok, [p for p in prompts for _ in range(3)], 6, seed=4).completions
     for r in ds:
         i = r['source_row']
         own = dict(zip(texts[3*i:3*i + 3], letters([prompts[i]]*3, texts[3*i:3*i + 3])))
-        assert r['prompt'] == prompts[i] and own[r['chosen']] == max(own.values()) == r['reward_chosen'] and own[r['rejected']] == min(own.values()) == r['reward_rejected']
+        assert (r['prompt'] == prompts[i] and own[r['chosen']] == max(own.values()) == r['reward_chosen']
+                and own[r['rejected']] == min(own.values()) == r['reward_rejected'])
         assert r['gap'] == pytest.approx(r['reward_chosen'] - r['reward_rejected'])
     sets = split_by_gap(ds, threshold=1)
     assert sorted(sum(rows(sets).values(), [])) == ds['source_row'][:]
     with caplog.at_level(logging.INFO, 'mpo_nb'), pytest.MonkeyPatch.context() as m:
         import mpo_nb.gap as G
-        m.setattr(G, 'sample', lambda model, tok, ps, *a, **kw: type('S', (), dict(completions=[f' {i % 2 * (i > 2)}' for i in range(len(ps))])))
-        assert resample_pairs(policy, tok, lambda p, c: [float(x) for x in c], ['a', 'b'], 6, n=3)['source_row'][:] == [1]
+        m.setattr(G, 'sample', lambda model, tok, ps, *a,
+                  **kw: type('S', (), dict(completions=[f' {i % 2 * (i > 2)}' for i in range(len(ps))])))
+        assert resample_pairs(policy, tok, lambda p, c: [float(x) for x in c], ['a', 'b'], 6,
+                              n=3)['source_row'][:] == [1]
     assert '1 of 2 prompts left out' in caplog.text
     with pytest.raises(UserError, match='at least 2'): resample_pairs(policy, tok, letters, prompts, 6, n=1)
 
@@ -369,22 +414,27 @@ def test_max_wrong_takes_its_temperature_from_unseen_pairs(tmp_path):
     "[fails when the temperature is fitted on the pairs that are split]"
     from types import SimpleNamespace
 
-    from mpo_nb.mpo import _write_split
+    from mpo_nb.pipeline import _write_split
     rng = np.random.default_rng(0)
     gap = SimpleNamespace(threshold=None, easy_fraction=None, max_wrong=.2, disagree='hard')
     seen, unseen = pairs(rng.normal(2, 2, 300)), pairs(rng.normal(.9, 1.2, 300))
     counts = _write_split(SimpleNamespace(gap=gap), tmp_path, seen, unseen)
-    assert counts['threshold'] == pytest.approx(gap_threshold(.2, fit_temperature(unseen['gap'][:]))) != pytest.approx(gap_threshold(.2, fit_temperature(seen['gap'][:])), rel=.1)
+    assert (counts['threshold'] == pytest.approx(gap_threshold(.2, fit_temperature(unseen['gap'][:])))
+            != pytest.approx(gap_threshold(.2, fit_temperature(seen['gap'][:])), rel=.1))
     table = pd.read_parquet(tmp_path/'gaps.parquet')
-    assert ((table['gap'] > counts['threshold']) == (table['set'] == 'easy')).all() and counts['easy'] + counts['hard'] == 300
+    assert (((table['gap'] > counts['threshold']) == (table['set'] == 'easy')).all()
+            and counts['easy'] + counts['hard'] == 300)
     gap.max_wrong = 1e-6
-    with pytest.raises(UserError, match='no easy pairs.*threshold .*gap.max_wrong'): _write_split(SimpleNamespace(gap=gap), tmp_path, seen, unseen)
+    with pytest.raises(UserError, match='no easy pairs.*threshold .*gap.max_wrong'):
+        _write_split(SimpleNamespace(gap=gap), tmp_path, seen, unseen)
 
 
 def test_sweep_plot_marks_the_threshold():
     import matplotlib.pyplot as plt
-    axs = plot_sweep(threshold_sweep(pairs(GAPS, gold_chosen=[1.]*7, gold_rejected=[0.]*7), [0, 1, 2], 'drop'), chosen=1.)
-    assert [t.get_text() for t in axs[0].get_legend().get_texts()] == ['easy', 'hard', 'aside', 'γ = 1.00'] and all(a.get_xlabel() and a.get_ylabel() and a.get_title() for a in axs)
+    axs = plot_sweep(threshold_sweep(pairs(GAPS, gold_chosen=[1.]*7, gold_rejected=[0.]*7), [0, 1, 2], 'drop'),
+                     chosen=1.)
+    assert ([t.get_text() for t in axs[0].get_legend().get_texts()] == ['easy', 'hard', 'aside', 'γ = 1.00']
+            and all(a.get_xlabel() and a.get_ylabel() and a.get_title() for a in axs))
     plt.close(axs[0].figure)
 
 

@@ -1,4 +1,5 @@
-"Human evaluation: what the notebook doesn't show. Crashes, two windows, spreadsheets, reference values of the statistics, and the page in a real browser."
+"""Human evaluation: what the notebook doesn't show. Crashes, two windows, spreadsheets, reference values of the
+statistics, and the page in a real browser."""
 import json
 import os
 import re
@@ -16,22 +17,27 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mpo_nb.data import UserError
-from mpo_nb.evaluate import compare, swap
-from mpo_nb.human import (SIDES, Annotation, VotePage, agreement, annotator_table, append_events, consensus, human_judge, load_votes, order_key, pair_key,
-                          pairwise_agreement, plot_agreement, read_events, standing, to_side, to_verdict, verdict_table, vote_rows)
+from mpo_nb.core import UserError
+from mpo_nb.compare import compare, swap
+from mpo_nb.human import (
+    SIDES, Annotation, VotePage, rater_agreement, annotator_table, append_events, consensus, human_judge,
+    load_votes, order_key, pair_key, pairwise_agreement, plot_agreement, read_events, standing, to_side,
+    to_verdict, verdict_table, vote_rows
+)
 
 NASTY = '<script>window.hacked = 1</script><img src=x onerror="window.hacked = 1"> & "quotes"\n=HYPERLINK("x")'
 
 
 def pairs(n=8):
-    return pd.DataFrame([dict(id=f'q{i}', prompt=f'question {i}', a=f'good answer {i}', b=f'bad answer {i}') for i in range(n)])
+    return pd.DataFrame([dict(id=f'q{i}', prompt=f'question {i}', a=f'good answer {i}', b=f'bad answer {i}')
+                         for i in range(n)])
 
 
 def exchanged(rows): return rows.rename(columns={'a': 'b', 'b': 'a'})
 
 
-def press(page, action, turn=None, comment=''): page._pressed(page, dict(action=action, turn=page.turn if turn is None else turn, comment=comment), [])
+def press(page, action, turn=None, comment=''):
+    page._pressed(page, dict(action=action, turn=page.turn if turn is None else turn, comment=comment), [])
 
 
 # ---- item 67 of the list of known defects: bookkeeping of swapped sides
@@ -39,7 +45,8 @@ def press(page, action, turn=None, comment=''): page._pressed(page, dict(action=
 @pytest.mark.parametrize('left', 'ab')
 @pytest.mark.parametrize('side', SIDES)
 def test_67_unswap_of_swap_is_the_verdict(side, left):
-    "For every verdict, also 'both bad' and 'skip': back and forth is where we were, and the other order gives the other verdict. (swap applied to ties: fails.)"
+    """For every verdict, also 'both bad' and 'skip': back and forth is where we were, and the other order gives
+    the other verdict. (swap applied to ties: fails.)"""
     verdict = to_verdict(side, left)
     assert to_side(verdict, left) == side
     assert swap(swap(verdict)) == verdict
@@ -48,11 +55,12 @@ def test_67_unswap_of_swap_is_the_verdict(side, left):
 
 @pytest.mark.parametrize('side', SIDES)
 def test_67_second_vote_in_the_other_order_replaces_the_right_one(tmp_path, side):
-    "The pair is shown turned round, by another seed and by exchanged columns; the last thing pressed holds, for the text it was pressed for"
+    """The pair is shown turned round, by another seed and by exchanged columns; the last thing pressed holds,
+    for the text it was pressed for"""
     ann = Annotation(pairs(), tmp_path, 'ann')
     for _ in pairs().id: ann.vote('tie')
-    for turned in (next(t for s in range(1, 99) if (t := Annotation(pairs(), tmp_path, 'ann', s)).left(ann.order[3]) != ann.left(ann.order[3])),
-                   Annotation(exchanged(pairs()), tmp_path, 'ann')):
+    for turned in (next(t for s in range(1, 99) if (t := Annotation(pairs(), tmp_path, 'ann', s)).left(ann.order[3])
+                        != ann.left(ann.order[3])), Annotation(exchanged(pairs()), tmp_path, 'ann')):
         pair = ann.order[3]
         turned.load()
         assert turned.shown(pair)[1:] == ann.shown(pair)[:0:-1]
@@ -65,7 +73,8 @@ def test_67_second_vote_in_the_other_order_replaces_the_right_one(tmp_path, side
         assert (getattr(row, got) == better) if better else (got == side)
 
 
-@pytest.mark.parametrize('bad', [('middle', 'a'), ('a', 'b'), ('left', 'left'), ('left', ''), ('left', 'ab'), (None, 'a')])
+@pytest.mark.parametrize('bad',
+                         [('middle', 'a'), ('a', 'b'), ('left', 'left'), ('left', ''), ('left', 'ab'), (None, 'a')])
 def test_unknown_sides_are_no_votes(bad):
     with pytest.raises(UserError, match='is no vote'): to_verdict(*bad)
 
@@ -84,7 +93,8 @@ def test_sides_are_balanced_differ_between_annotators_and_never_change(tmp_path)
 
 
 def test_the_page_is_told_texts_and_nothing_else(tmp_path):
-    "Neither policies, ids nor the names a and b reach the browser, by any of what the widget holds in common with it [fails when the pair's ids go with the view]"
+    """Neither policies, ids nor the names a and b reach the browser, by any of what the widget holds in common
+    with it [fails when the pair's ids go with the view]"""
     rows = pairs().assign(id=[f'secret-{i}' for i in range(8)], policy_a='secret')
     page = VotePage(Annotation(rows, tmp_path, 'ann'))
     state = json.dumps(page.get_state(), default=str)
@@ -92,7 +102,8 @@ def test_the_page_is_told_texts_and_nothing_else(tmp_path):
 
 
 def test_same_texts_are_asked_once_and_identical_answers_never(tmp_path):
-    rows = pd.concat([pairs(3), pairs(1).assign(id='again'), exchanged(pairs(1)).assign(id='turned'), pairs(1).assign(id='same', b='good answer 0')])
+    rows = pd.concat([pairs(3), pairs(1).assign(id='again'), exchanged(pairs(1)).assign(id='turned'),
+                      pairs(1).assign(id='same', b='good answer 0')])
     ann = Annotation(rows, tmp_path, 'ann')
     assert len(ann.order) == 3
     pair = pair_key('question 0', 'good answer 0', 'bad answer 0')
@@ -120,7 +131,8 @@ def test_any_cut_through_the_last_line_loses_that_vote_and_no_other(tmp_path):
         assert [e['side'] for e in read_events(file)[0]] == ['left', 'both bad', 'right'][:known] + ['tie']
 
 
-@pytest.mark.parametrize('line', [b'{"pair": "c1", "sho', b'[]', b'{"pair": "c1", "shown": "c1", "side": "middle"}', b'{"side": "tie"}', b'\xff\xfe', b'17'])
+@pytest.mark.parametrize('line', [b'{"pair": "c1", "sho', b'[]', b'{"pair": "c1", "shown": "c1", "side": "middle"}',
+                                  b'{"side": "tie"}', b'\xff\xfe', b'17'])
 def test_damage_inside_the_file_is_an_error_with_its_line(tmp_path, line):
     ann = Annotation(pairs(), tmp_path, 'ann')
     ann.vote('left'); ann.vote('tie')
@@ -144,7 +156,8 @@ def _vote_for_ever(folder, pipe):
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
 def test_killed_at_random_moments_nothing_confirmed_is_lost(tmp_path):
-    "SIGKILL ten times while votes and undos are written: the file holds every confirmed one, and at most one more. (The file written anew at each vote: fails.)"
+    """SIGKILL ten times while votes and undos are written: the file holds every confirmed one, and at most one
+    more. (The file written anew at each vote: fails.)"""
     ctx, confirmed, rng = get_context('fork'), [], np.random.default_rng(0)
     for _ in range(10):
         here, there = ctx.Pipe(False)
@@ -176,7 +189,8 @@ def test_a_write_that_failed_half_way_is_replaced(tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(human, 'append_events', full)
         press(page, 'tie')
-    assert page.view['error'] and 'No space left' in page.view['note'] and page.view['prompt'] == before['prompt'] and len(ann.votes) == 1
+    assert (page.view['error'] and 'No space left' in page.view['note'] and page.view['prompt'] == before['prompt']
+            and len(ann.votes) == 1)
     ann.load()
     press(page, 'tie')
     assert not page.view['error'] and [e['side'] for e in read_events(ann.path)[0]] == ['left', 'tie']
@@ -201,7 +215,9 @@ def test_names_that_are_no_file_names(tmp_path, name):
 
 
 def test_bad_rows():
-    for rows, message in ((pairs().drop(columns='b'), "no column 'b'"), (pairs().assign(a=None), "'q0': a is not text"), (pairs().assign(id=1), '1 occurs more than once'), (pairs(0), 'no column'),
+    for rows, message in ((pairs().drop(columns='b'), "no column 'b'"),
+                          (pairs().assign(a=None), "'q0': a is not text"),
+                          (pairs().assign(id=1), '1 occurs more than once'), (pairs(0), 'no column'),
                           (pairs().head(0), 'no rows')):
         with pytest.raises(UserError, match=message): vote_rows(rows)
 
@@ -232,7 +248,8 @@ def test_undo_of_a_second_vote_brings_back_the_first_and_the_pair(tmp_path):
 def test_skipped_pairs_are_asked_again_only_on_demand(tmp_path):
     page = VotePage(ann := Annotation(pairs(4), tmp_path, 'ann'))
     for side in ('skip', 'left', 'skip', 'tie'): press(page, side)
-    assert page.view['finished'] and page.view['skipped'] == 2 and 'ask skipped' in page.view['offered'] and 'left' not in page.view['offered']
+    assert (page.view['finished'] and page.view['skipped'] == 2 and 'ask skipped' in page.view['offered']
+            and 'left' not in page.view['offered'])
     page = VotePage(ann := Annotation(pairs(4), tmp_path, 'ann'))
     assert page.view['finished']
     press(page, 'ask skipped')
@@ -244,7 +261,11 @@ def test_skipped_pairs_are_asked_again_only_on_demand(tmp_path):
 
 def test_messages_that_are_no_votes_are_ignored(tmp_path):
     page = VotePage(ann := Annotation(pairs(), tmp_path, 'ann'))
-    press(page, 'left', turn=0); press(page, 'ask skipped'); press(page, 'undo'); press(page, 'rm -rf'); page._pressed(page, {}, [])
+    press(page, 'left', turn=0)
+    press(page, 'ask skipped')
+    press(page, 'undo')
+    press(page, 'rm -rf')
+    page._pressed(page, {}, [])
     assert ann.events == [] and page.turn == 1
     press(page, 'tie', comment='x' * 5000)
     assert len(ann.events[0]['comment']) == 2000
@@ -253,7 +274,8 @@ def test_messages_that_are_no_votes_are_ignored(tmp_path):
 # ---- spreadsheets
 
 def test_csv_is_blind_inert_and_comes_back(tmp_path):
-    rows = pairs().assign(a=lambda d: d.a.where(d.id != 'q2', NASTY), prompt=lambda d: d.prompt.where(d.id != 'q3', '=1+1'))
+    rows = pairs().assign(a=lambda d: d.a.where(d.id != 'q2', NASTY),
+                          prompt=lambda d: d.prompt.where(d.id != 'q3', '=1+1'))
     ann = Annotation(rows, tmp_path, 'ann')
     ann.vote('left', comment='+1')
     sheet = pd.read_csv(ann.to_csv(tmp_path/'s.csv'), keep_default_na=False)
@@ -262,10 +284,12 @@ def test_csv_is_blind_inert_and_comes_back(tmp_path):
     assert sheet.verdict.tolist() == ['left'] + ['']*7
     assert ann.from_csv(tmp_path/'s.csv') == 0
     sides = ['left', 'right', 'tie', 'both bad', 'skip', '', 'right', 'right']
-    sheet.assign(verdict=sides).sample(frac=1, random_state=1).to_csv(tmp_path/'s.csv', index=False, sep='\t', encoding='utf-8-sig')
+    sheet.assign(verdict=sides).sample(frac=1, random_state=1).to_csv(
+        tmp_path/'s.csv', index=False, sep='\t', encoding='utf-8-sig')
     assert ann.from_csv(tmp_path/'s.csv') == 6
     assert [ann.votes[p]['side'] if p in ann.votes else '' for p in ann.order] == sides
-    other = Annotation(exchanged(rows), tmp_path, 'other', seed=5)     # who imports has the columns the other way round, and another seed
+    # who imports has the columns the other way round, and another seed
+    other = Annotation(exchanged(rows), tmp_path, 'other', seed=5)
     other.from_csv(tmp_path/'s.csv')
     v = load_votes(rows, tmp_path).pivot(index='id', columns='annotator', values='verdict')
     assert (v.ann.fillna('') == v.other.fillna('')).all()
@@ -295,19 +319,24 @@ def test_sheets_that_are_not_there_or_not_utf8(tmp_path):
 
 # ---- statistics
 
-# Krippendorff (2011), "Computing Krippendorff's alpha-reliability", example C: nominal data, four observers, missing values; alpha = 0.743
-KRIPPENDORFF = [[1, 2, 3, 3, 2, 1, 4, 1, 2, None, None, None], [1, 2, 3, 3, 2, 2, 4, 1, 2, 5, None, 3], [None, 3, 3, 3, 2, 3, 4, 2, 2, 5, 1, None], [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, None]]
+# Krippendorff (2011), "Computing Krippendorff's alpha-reliability", example C: nominal data, four observers,
+# missing values; alpha = 0.743
+KRIPPENDORFF = [[1, 2, 3, 3, 2, 1, 4, 1, 2, None, None, None], [1, 2, 3, 3, 2, 2, 4, 1, 2, 5, None, 3],
+                [None, 3, 3, 3, 2, 3, 4, 2, 2, 5, 1, None], [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, None]]
 # Fleiss (1971) by way of Wikipedia: ten subjects, fourteen raters, five categories; kappa = 0.210
-FLEISS = [[0, 0, 0, 0, 14], [0, 2, 6, 4, 2], [0, 0, 3, 5, 6], [0, 3, 9, 2, 0], [2, 2, 8, 1, 1], [7, 7, 0, 0, 0], [3, 2, 6, 3, 0], [2, 5, 3, 2, 2], [6, 5, 2, 1, 0], [0, 2, 2, 3, 7]]
+FLEISS = [[0, 0, 0, 0, 14], [0, 2, 6, 4, 2], [0, 0, 3, 5, 6], [0, 3, 9, 2, 0], [2, 2, 8, 1, 1], [7, 7, 0, 0, 0],
+          [3, 2, 6, 3, 0], [2, 5, 3, 2, 2], [6, 5, 2, 1, 0], [0, 2, 2, 3, 7]]
 
 
-def words(columns): return pd.DataFrame({f'r{i}': [None if v is None else f'v{v}' for v in c] for i, c in enumerate(columns)})
+def words(columns):
+    return pd.DataFrame({f'r{i}': [None if v is None else f'v{v}' for v in c] for i, c in enumerate(columns)})
 
 
 def test_alpha_and_kappa_have_their_published_values():
-    assert agreement(words(KRIPPENDORFF), n_resamples=9).value["Krippendorff's alpha"] == pytest.approx(.743, abs=5e-4)
+    assert rater_agreement(words(KRIPPENDORFF),
+                           n_resamples=9).value["Krippendorff's alpha"] == pytest.approx(.743, abs=5e-4)
     raters = np.array([np.repeat(range(5), r) for r in FLEISS]).T
-    table = agreement(words(raters), n_resamples=9)
+    table = rater_agreement(words(raters), n_resamples=9)
     assert table.value["Fleiss' kappa"] == pytest.approx(.210, abs=5e-4) and table.n.tolist() == [10]*3
 
 
@@ -321,28 +350,31 @@ def test_cohen_by_hand():
 
 def test_undefined_agreement_is_nan_and_not_a_number():
     same = pd.DataFrame(dict(x=['a']*9, y=['a']*9, z=[None]*9))
-    t = agreement(same, n_resamples=9)
+    t = rater_agreement(same, n_resamples=9)
     assert t.value['observed agreement'] == 1 and t.value[["Fleiss' kappa", "Krippendorff's alpha"]].isna().all()
     p = pairwise_agreement(same, n_resamples=9)
     assert p.kappa.isna().all() and p.n.tolist() == [9, 0, 0]
-    assert agreement(pd.DataFrame(dict(x=['a', 'b', None], y=[None, None, 'a'])), n_resamples=9).value.isna().all()
+    assert rater_agreement(pd.DataFrame(dict(x=['a', 'b', None], y=[None, None, 'a'])),
+                           n_resamples=9).value.isna().all()
     nobody = pd.DataFrame(dict(x=[None]*3, y=[None]*3))   # all skipped
-    assert agreement(nobody, n_resamples=9).value.isna().all() and pairwise_agreement(nobody, n_resamples=9).kappa.isna().all()
-    for f in (agreement, pairwise_agreement):
+    assert (rater_agreement(nobody, n_resamples=9).value.isna().all()
+            and pairwise_agreement(nobody, n_resamples=9).kappa.isna().all())
+    for f in (rater_agreement, pairwise_agreement):
         with pytest.raises(UserError, match='needs two raters'): f(same[['x']])
 
 
 def test_perfect_and_independent_raters():
     rng = np.random.default_rng(0)
     x = rng.choice(['a', 'b', 'tie'], 300)
-    perfect = agreement(pd.DataFrame(dict(x=x, y=x)), n_resamples=99)
+    perfect = rater_agreement(pd.DataFrame(dict(x=x, y=x)), n_resamples=99)
     assert (perfect.value == 1).all() and (perfect.low == 1).all()
-    chance = agreement(pd.DataFrame({k: rng.choice(['a', 'b', 'tie'], 300) for k in 'xyz'}), n_resamples=99)
+    chance = rater_agreement(pd.DataFrame({k: rng.choice(['a', 'b', 'tie'], 300) for k in 'xyz'}), n_resamples=99)
     for name in ("Fleiss' kappa", "Krippendorff's alpha"): assert chance.low[name] < 0 < chance.high[name]
 
 
 def test_the_interval_of_kappa_covers():
-    "Two raters who copy a coin with known probability: kappa is known, and 95% intervals hold it in 90% to 99% of 150 studies of 100 pairs. (Interval of half width: 71%.)"
+    """Two raters who copy a coin with known probability: kappa is known, and 95% intervals hold it in 90% to 99%
+    of 150 studies of 100 pairs. (Interval of half width: 71%.)"""
     rng, hits, q = np.random.default_rng(0), 0, .8
     true = (2*q - 1)**2                             # each sees a fair coin through an error of 1 - q
     for i in range(150):
@@ -357,11 +389,14 @@ def test_verdicts_of_people_and_judges_meet_by_id(tmp_path):
     rows = pairs()
     for name, side in dict(ann='a', ben='b').items():
         a = Annotation(rows, tmp_path, name)
-        for pair in a.order: a.vote(to_side('both bad' if a.pairs[pair].id == 'q7' else 'skip' if a.pairs[pair].id == 'q6' else side, a.left(pair)))
+        for pair in a.order:
+            a.vote(to_side('both bad' if a.pairs[pair].id == 'q7' else 'skip' if a.pairs[pair].id == 'q6' else side,
+                           a.left(pair)))
     judge = pd.DataFrame(dict(id=rows.id[::-1], verdict=['tie'] + ['a']*5 + ['failed']*2))
     t = verdict_table(load_votes(rows, tmp_path), llm=judge)
     none = t.fillna('-')
-    assert none.loc['q7'].tolist() == ['tie']*3 and none.loc['q6'].tolist() == ['-', '-', 'a'] and none.loc['q0'].tolist() == ['a', 'b', '-']
+    assert (none.loc['q7'].tolist() == ['tie']*3 and none.loc['q6'].tolist() == ['-', '-', 'a']
+            and none.loc['q0'].tolist() == ['a', 'b', '-'])
     p = pairwise_agreement(t, n_resamples=9).set_index(['x', 'y'])
     assert p.n.tolist() == [7, 5, 5] and p.agree.tolist() == [pytest.approx(1/7), 1, pytest.approx(1/5)]
     assert verdict_table(load_votes(rows, tmp_path), both_bad=None).loc['q7'].tolist() == ['both bad']*2
@@ -370,21 +405,28 @@ def test_verdicts_of_people_and_judges_meet_by_id(tmp_path):
 
 def test_people_as_a_judge_of_policies(tmp_path):
     "Through compare: policies named in the other order give the mirrored numbers; skipped pairs are failed, not lost"
-    df = pd.concat([pd.DataFrame(dict(policy=p, prompt_id=range(12), prompt=[f'q{i}' for i in range(12)], completion=[f'{p} {i}' for i in range(12)])) for p in ('sft', 'mpo')])
-    rows = pd.DataFrame(dict(id=range(12), prompt=[f'q{i}' for i in range(12)], a=[f'mpo {i}' for i in range(12)], b=[f'sft {i}' for i in range(12)]))
+    df = pd.concat([pd.DataFrame(dict(policy=p, prompt_id=range(12), prompt=[f'q{i}' for i in range(12)],
+                                      completion=[f'{p} {i}' for i in range(12)])) for p in ('sft', 'mpo')])
+    rows = pd.DataFrame(dict(id=range(12), prompt=[f'q{i}' for i in range(12)], a=[f'mpo {i}' for i in range(12)],
+                             b=[f'sft {i}' for i in range(12)]))
     ann = Annotation(rows, tmp_path, 'ann')
     for pair in ann.order:
         i = ann.pairs[pair].id
-        ann.vote(to_side('a' if i < 6 else 'b' if i < 8 else 'both bad' if i < 10 else 'tie' if i < 11 else 'skip', ann.left(pair)))
-    one, two = [compare(df, judge=human_judge(tmp_path), pairs=[p]).table.iloc[0] for p in (('mpo', 'sft'), ('sft', 'mpo'))]
+        ann.vote(to_side('a' if i < 6 else 'b' if i < 8 else 'both bad' if i < 10 else 'tie' if i < 11 else 'skip',
+                         ann.left(pair)))
+    one, two = [compare(df, judge=human_judge(tmp_path), pairs=[p]).table.iloc[0]
+                for p in (('mpo', 'sft'), ('sft', 'mpo'))]
     assert (one.wins, one.ties, one.losses, one.failed, one.n) == (6, 3, 2, 1, 11)
     assert one.win_rate + two.win_rate == pytest.approx(1) and two.failed == 1
 
 
 def test_consensus_takes_the_most_votes_and_calls_a_draw_a_tie():
     row = pairs(1)
-    for said, verdict in ((['a', 'a', 'b'], 'a'), (['a', 'b'], 'tie'), (['both bad', 'tie', 'a'], 'tie'), (['a', 'b', 'b', 'tie', 'both bad'], 'tie'), (['skip', 'b'], 'b'), (['skip'], 'failed'), ([], 'failed')):
-        assert consensus(row, pd.DataFrame(dict(id='q0', verdict=said), columns=['id', 'verdict'])).verdict.tolist() == [verdict]
+    for said, verdict in ((['a', 'a', 'b'], 'a'), (['a', 'b'], 'tie'), (['both bad', 'tie', 'a'], 'tie'),
+                          (['a', 'b', 'b', 'tie', 'both bad'], 'tie'), (['skip', 'b'], 'b'), (['skip'], 'failed'),
+                          ([], 'failed')):
+        assert consensus(row, pd.DataFrame(dict(id='q0', verdict=said),
+                                           columns=['id', 'verdict'])).verdict.tolist() == [verdict]
 
 
 def test_careless_annotators_stand_out(tmp_path):
@@ -393,7 +435,8 @@ def test_careless_annotators_stand_out(tmp_path):
     b = Annotation(pairs(40), tmp_path, 'honest')
     while b.current: b.vote(to_side('a', b.left(b.current)), seconds=20)
     t = annotator_table(load_votes(pairs(40), tmp_path))
-    assert t.left_low['lefty'] > .9 and t.left_low['honest'] < .5 < t.left_high['honest'] and t.seconds.tolist() == [20, 1]
+    assert (t.left_low['lefty'] > .9 and t.left_low['honest'] < .5 < t.left_high['honest']
+            and t.seconds.tolist() == [20, 1])
 
 
 def test_plot_has_title_labels_and_every_pair():
@@ -427,7 +470,8 @@ def _programs():
     chrome = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
     driver = shutil.which('chromedriver')
     missing = [n for n, p in (('chromium', chrome), ('chromedriver', driver)) if not p]
-    return (chrome, driver), f"{' and '.join(missing)} not installed (Debian: apt-get install chromium chromium-driver)" if missing else None
+    return ((chrome, driver), f"{' and '.join(missing)} not installed (Debian: "
+            f"apt-get install chromium chromium-driver)" if missing else None)
 
 
 @pytest.fixture
@@ -437,15 +481,23 @@ def lab(tmp_path):
     work = tmp_path/'work'
     work.mkdir()
     cell = dict(cell_type='code', id='page', execution_count=None, metadata={}, outputs=[], source=CELL.strip())
-    (work/'vote.ipynb').write_text(json.dumps(dict(cells=[cell], nbformat=4, nbformat_minor=5, metadata=dict(kernelspec=dict(name='python3', display_name='Python 3', language='python')))))
+    (work/'vote.ipynb').write_text(
+        json.dumps(dict(cells=[cell], nbformat=4, nbformat_minor=5,
+                        metadata=dict(kernelspec=dict(name='python3', display_name='Python 3', language='python')))))
     rows = pairs(6).assign(prompt=lambda d: '\n\nHuman: ' + d.prompt + '\n\nAssistant:')
     rows.assign(a=[f'{NASTY} {i}' for i in range(6)]).to_json(work/'rows.json', orient='records')
     (tmp_path/'settings'/'@jupyterlab'/'apputils-extension').mkdir(parents=True)
-    (tmp_path/'settings'/'@jupyterlab'/'apputils-extension'/'notification.jupyterlab-settings').write_text('{"fetchNews": "false", "checkForUpdates": false}')   # asks, and covers buttons
-    env = os.environ | {f'JUPYTER_{k}_DIR': str(tmp_path/k.lower()) for k in ('CONFIG', 'DATA', 'RUNTIME')} | dict(PYTHONPATH=str(Path(__file__).parent.parent), IPYTHONDIR=str(tmp_path/'ipython'))
-    command = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--ip=127.0.0.1', f'--port={port}', '--ServerApp.port_retries=0', f'--IdentityProvider.token={token}', '--allow-root',
-               f'--ServerApp.root_dir={work}', f'--LabApp.user_settings_dir={tmp_path}/settings', f'--LabApp.workspaces_dir={tmp_path}/workspaces', '--LabApp.news_url=None']
-    with open(tmp_path/'lab.log', 'w') as log: p = subprocess.Popen(command, cwd=work, env=env, stdout=log, stderr=log, start_new_session=True)
+    # asks, and covers buttons
+    (tmp_path/'settings'/'@jupyterlab'/'apputils-extension'/'notification.jupyterlab-settings').write_text(
+        '{"fetchNews": "false", "checkForUpdates": false}')
+    env = (os.environ | {f'JUPYTER_{k}_DIR': str(tmp_path/k.lower()) for k in ('CONFIG', 'DATA', 'RUNTIME')}
+           | dict(PYTHONPATH=str(Path(__file__).parent.parent), IPYTHONDIR=str(tmp_path/'ipython')))
+    command = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--ip=127.0.0.1', f'--port={port}',
+               '--ServerApp.port_retries=0', f'--IdentityProvider.token={token}', '--allow-root',
+               f'--ServerApp.root_dir={work}', f'--LabApp.user_settings_dir={tmp_path}/settings',
+               f'--LabApp.workspaces_dir={tmp_path}/workspaces', '--LabApp.news_url=None']
+    with open(tmp_path/'lab.log', 'w') as log:
+        p = subprocess.Popen(command, cwd=work, env=env, stdout=log, stderr=log, start_new_session=True)
     try:
         for _ in range(120):
             try: urllib.request.urlopen(f'http://127.0.0.1:{port}/api?token={token}', timeout=2).read(); break
@@ -465,15 +517,18 @@ def browser(tmp_path):
     from selenium import webdriver
     options = webdriver.ChromeOptions()
     options.binary_location = chrome
-    for flag in ('headless=new', 'no-sandbox', 'disable-gpu', 'disable-dev-shm-usage', 'disable-background-networking', 'disable-component-update', 'disable-sync', 'no-first-run',
-                 'window-size=1100,900', f'user-data-dir={tmp_path}/chrome'): options.add_argument(f'--{flag}')
+    for flag in ('headless=new', 'no-sandbox', 'disable-gpu', 'disable-dev-shm-usage',
+                 'disable-background-networking', 'disable-component-update', 'disable-sync', 'no-first-run',
+                 'window-size=1100,900', f'user-data-dir={tmp_path}/chrome'):
+        options.add_argument(f'--{flag}')
     b = webdriver.Chrome(options, webdriver.ChromeService(driver))
     yield b
     b.quit()
 
 
 def test_the_page_in_jupyterlab(browser, lab):
-    "Open the notebook, run it, vote by mouse and by key, take back, restart the kernel, run again, go on to the end; JupyterLab's own keys stay off, texts stay text"
+    """Open the notebook, run it, vote by mouse and by key, take back, restart the kernel, run again, go on to
+    the end; JupyterLab's own keys stay off, texts stay text"""
     from selenium.common.exceptions import TimeoutException, WebDriverException
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
@@ -481,16 +536,21 @@ def test_the_page_in_jupyterlab(browser, lab):
     url, work = lab
     find = lambda css: browser.find_element(By.CSS_SELECTOR, css)
     def wait(condition, seconds=30):
-        try: return WebDriverWait(browser, seconds, .1, ignored_exceptions=[WebDriverException]).until(lambda _: condition())
+        try:
+            return WebDriverWait(browser, seconds, .1,
+                                 ignored_exceptions=[WebDriverException]).until(lambda _: condition())
         except TimeoutException as e:
             browser.save_screenshot(work.parent/'failed.png')
-            raise AssertionError(f"nothing came within {seconds} s, see {work.parent/'failed.png'} and lab.log beside it ({browser.get_log('browser')[-3:]})") from e
+            raise AssertionError(f"nothing came within {seconds} s, see {work.parent/'failed.png'} and lab.log "
+                                 f"beside it ({browser.get_log('browser')[-3:]})") from e
     status = lambda: find('.mpo-vote .status').text
     done = lambda n: wait(lambda: status().startswith(f'{n} of 6'))
     key = lambda k: browser.switch_to.active_element.send_keys(k)
     click = lambda action: find(f'.mpo-vote button.{action}').click()
-    votes = lambda: [e.get('side', 'undo') for e in map(json.loads, (work/'votes'/'ann.jsonl').read_text().splitlines())]
-    running = lambda: '*' in find('.jp-NotebookPanel .jp-InputPrompt').text or browser.find_elements(By.CSS_SELECTOR, '.mpo-vote')
+    votes = lambda: [e.get('side', 'undo')
+                     for e in map(json.loads, (work/'votes'/'ann.jsonl').read_text().splitlines())]
+    running = lambda: ('*' in find('.jp-NotebookPanel .jp-InputPrompt').text
+                       or browser.find_elements(By.CSS_SELECTOR, '.mpo-vote'))
     def run_cell():
         "Until JupyterLab takes it: right after the page has come up, or the kernel was restarted, it drops the command"
         find('.jp-NotebookPanel .jp-Cell .cm-content').click()
@@ -507,11 +567,13 @@ def test_the_page_in_jupyterlab(browser, lab):
     key('t'); done(3)
     key('b'); done(4)                                       # in JupyterLab b is "insert a cell below"
     key('u'); done(3)
+    # a key held down, and a key that is the browser's
     browser.execute_script('''for (const key of [{key: 't', repeat: true}, {key: 's', ctrlKey: true}])
-        document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {...key, bubbles: true}))''')   # a key held down, and a key that is the browser's
+        document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {...key, bubbles: true}))''')
     assert votes() == ['left', 'right', 'tie', 'both bad', 'undo']
     assert len(browser.find_elements(By.CSS_SELECTOR, '.jp-NotebookPanel .jp-Cell')) == 1
-    assert '<script>window.hacked' in find('.mpo-vote .sides').text and not browser.execute_script('return window.hacked')
+    assert ('<script>window.hacked' in find('.mpo-vote .sides').text
+            and not browser.execute_script('return window.hacked'))
     before = find('.mpo-vote .prompt').text
     # the kernel is restarted, the cell run again: the same pair is waiting
     find('.jp-NotebookPanel-toolbar [data-jp-item-name="restart"] [data-command="notebook:restart-kernel"]').click()

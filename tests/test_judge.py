@@ -1,4 +1,5 @@
-"""The LLM judge against a scripted server that goes wrong at known rows, and against a real one. Items 61 to 70 of the list of known defects, one named test each.
+"""The LLM judge against a scripted server that goes wrong at known rows, and against a real one. Items 61 to 70
+of the list of known defects, one named test each.
 In [brackets]: the change to the code that was made once to see the test fail."""
 import contextlib
 import dataclasses
@@ -22,10 +23,13 @@ import pytest
 
 import judge_server
 from judge_server import Server, best
-from mpo_nb.data import UserError, data_path
-from mpo_nb.evaluate import a_first, compare, length_check, swap
-from mpo_nb.judge import (FORMATS, LLMJudge, Meter, Question, Store, TASKS, TEMPLATE, Unreadable, _unswapped, agreement, combine, fill, judge_command, position_bias, read_answers,
-                          read_verdict, self_agreement)
+from mpo_nb.core import UserError
+from mpo_nb.data import data_path
+from mpo_nb.compare import a_first, compare, length_check, swap
+from mpo_nb.judge import (
+    FORMATS, LLMJudge, Meter, Question, Store, TASKS, TEMPLATE, Unreadable, _unswapped, verdict_agreement,
+    combine, fill, judge_command, position_bias, read_answers, read_verdict, self_agreement
+)
 
 pytestmark = pytest.mark.filterwarnings('error::UserWarning')
 KEY = 'sk-secret-0123456789'
@@ -35,14 +39,17 @@ KEY = 'sk-secret-0123456789'
 def key(monkeypatch):
     monkeypatch.setenv('OPENAI_API_KEY', KEY)
     monkeypatch.delenv('OPENAI_BASE_URL', raising=False)
-    for k in ('HTTP_PROXY', 'HTTPS_PROXY', 'ALL_PROXY', 'http_proxy', 'https_proxy', 'all_proxy'): monkeypatch.delenv(k, raising=False)
+    for k in ('HTTP_PROXY', 'HTTPS_PROXY', 'ALL_PROXY', 'http_proxy', 'https_proxy', 'all_proxy'):
+        monkeypatch.delenv(k, raising=False)
 
 
 def rows_of(n, seed=0):
     "Rows of which a is better, b is better or neither, in turn"
     rng = np.random.default_rng(seed)
     q = rng.integers(0, 9, n)
-    return pd.DataFrame(dict(id=range(n), prompt=[f'question {i}' for i in range(n)], a=[f'answer a{i}, quality {x + i % 3 - 1}' for i, x in enumerate(q)], b=[f'answer b{i}, quality {x}' for i, x in enumerate(q)]))
+    return pd.DataFrame(dict(id=range(n), prompt=[f'question {i}' for i in range(n)],
+                             a=[f'answer a{i}, quality {x + i % 3 - 1}' for i, x in enumerate(q)],
+                             b=[f'answer b{i}, quality {x}' for i, x in enumerate(q)]))
 
 
 def truth(rows): return [('b', 'tie', 'a')[i % 3] for i in rows.id]
@@ -59,7 +66,8 @@ def questions(server): return {q for q, _, _ in server.requests}
 
 # ---- a server that goes wrong
 
-FAULTS = {3: ['429', '429'], 5: ['500'], 7: ['timeout'], 9: ['cut'], 11: ['empty'], 13: ['length'], 15: ['body'], 17: ['json'], 19: ['nochoices'], 21: ['503', '429', 'cut', 'empty', 'length'],
+FAULTS = {3: ['429', '429'], 5: ['500'], 7: ['timeout'], 9: ['cut'], 11: ['empty'], 13: ['length'],
+          15: ['body'], 17: ['json'], 19: ['nochoices'], 21: ['503', '429', 'cut', 'empty', 'length'],
           23: ['500', '...'], 25: ['prose', '...'], 27: ['empty', '...']}
 LOST = {23: '500', 25: 'final line', 27: 'empty'}
 
@@ -78,7 +86,8 @@ def stormy(tmp_path_factory):
             server.faults = {}
             second = judge(server, answers=path)
             again = second(rows)
-    return dict(rows=rows, out=out, again=again, server=server, first=first, second=second, lines=lines, new=server.requests[after_first:])
+    return dict(rows=rows, out=out, again=again, server=server, first=first, second=second, lines=lines,
+                new=server.requests[after_first:])
 
 
 def test_every_verdict_is_right_after_all_these_faults(stormy):
@@ -104,20 +113,24 @@ def test_the_bill_counts_every_request_and_every_reply(stormy):
     "[fails when the hook of the client is left out]"
     server, first = stormy['server'], stormy['first']
     assert first.bill()['calls'] + stormy['second'].bill()['calls'] == len(server.requests)
-    assert first.bill()['completion_tokens'] == 10 * (len(stormy['lines']) + 2*3*2 + 2*4)   # rows 25 and 27: three replies without a verdict in each order; 11, 13, 17, 21: one
+    # rows 25 and 27: three replies without a verdict in each order; 11, 13, 17, 21: one
+    assert first.bill()['completion_tokens'] == 10 * (len(stormy['lines']) + 2*3*2 + 2*4)
 
 
 def test_item63_failures_are_asked_again_and_only_they(stormy):
     "[fails when failures are stored]"
-    assert {q[0] for q, _, _ in stormy['new']} == set(LOST) and stormy['again'].verdict.tolist() == truth(stormy['rows'])
+    assert ({q[0] for q, _, _ in stormy['new']} == set(LOST)
+            and stormy['again'].verdict.tolist() == truth(stormy['rows']))
     assert stormy['second'].bill()['replies'] == 2*len(LOST)
 
 
 def test_item70_refused_parameters_are_learnt_once(stormy):
-    "temperature is left out, max_tokens renamed; at most one refusal for each of the two parameters and each of the six threads [fails when nothing is remembered]"
+    """temperature is left out, max_tokens renamed; at most one refusal for each of the two parameters and each
+    of the six threads [fails when nothing is remembered]"""
     sent = [set(body) for _, body, _ in stormy['server'].requests]
     assert stormy['first'].refused >= {'temperature', 'max_tokens'}
-    assert sum('temperature' in s for s in sent[:40]) <= 2*6 and not any('temperature' in s for s in sent[40:stormy['first'].bill()['calls']])
+    assert (sum('temperature' in s for s in sent[:40]) <= 2*6
+            and not any('temperature' in s for s in sent[40:stormy['first'].bill()['calls']]))
     assert all('max_completion_tokens' in s for s in sent[40:stormy['first'].bill()['calls']])
     assert all(json.loads(l)['temperature'] is None for l in stormy['lines'])   # what was judged with is in the store
 
@@ -146,14 +159,17 @@ def test_a_schema_that_is_refused_or_ignored_gives_way_to_the_final_line():
         assert body['response_format']['json_schema']['strict'] and FORMATS['json'] in body['messages'][0]['content']
         line = judge(server, answer_format='line')
         assert line(rows_of(6)).verdict.tolist() == truth(rows_of(6))
-        assert 'response_format' not in server.requests[-1][1] and FORMATS['line'] in server.requests[-1][1]['messages'][0]['content']
+        assert ('response_format' not in server.requests[-1][1]
+                and FORMATS['line'] in server.requests[-1][1]['messages'][0]['content'])
 
 
-@pytest.mark.parametrize('status, word', [(401, 'refused the key'), (402, 'paid'), (403, 'forbids'), (404, 'does not know')])
+@pytest.mark.parametrize('status, word',
+                         [(401, 'refused the key'), (402, 'paid'), (403, 'forbids'), (404, 'does not know')])
 def test_an_error_that_will_not_go_away_stops_the_run(status, word):
     "An unpaid bill is not 200 losses, and not 200 calls [fails when only the row fails]"
     with Server({i: [str(status), '...'] for i in range(60)}) as server:
-        with pytest.raises(UserError, match=f'all 60 rows failed.*{word}'): compare(policies(rows_of(60)), rows_of(60).prompt.tolist(), judge(server, concurrency=3))
+        with pytest.raises(UserError, match=f'all 60 rows failed.*{word}'):
+            compare(policies(rows_of(60)), rows_of(60).prompt.tolist(), judge(server, concurrency=3))
         assert len(server.requests) <= 6
 
 
@@ -170,25 +186,34 @@ def test_item61_a_failed_call_is_no_loss_and_no_tie():
     says = iter(['a', 'failed', 'failed', 'b', 'tie'])
     rows = rows_of(5)
     five = lambda r: pd.DataFrame(dict(id=r.id, verdict=list(says), reason='scripted'))
-    with pytest.warns(UserWarning, match=r'2 of 5 rows failed \(40%\)'): c = compare(policies(rows), rows.prompt.tolist(), five)
+    with pytest.warns(UserWarning, match=r'2 of 5 rows failed \(40%\)'):
+        c = compare(policies(rows), rows.prompt.tolist(), five)
     t = c.table.iloc[0]
     assert (t.wins, t.losses, t.ties, t.failed, t.n, t.win_rate) == (1, 1, 1, 2, 3, .5)
-    with pytest.raises(UserError, match='all 5 rows failed'): compare(policies(rows), rows.prompt.tolist(), lambda r: pd.DataFrame(dict(id=r.id, verdict='failed', reason='dead')))
+    with pytest.raises(UserError, match='all 5 rows failed'):
+        compare(policies(rows), rows.prompt.tolist(),
+                lambda r: pd.DataFrame(dict(id=r.id, verdict='failed', reason='dead')))
 
 
 def test_item61_the_same_over_http():
     with Server({1: ['500', '...'], 2: ['prose', '...']}) as server:
         rows = rows_of(9)
-        with pytest.warns(UserWarning, match='2 of 9 rows failed'): c = compare(policies(rows), rows.prompt.tolist(), judge(server, retries=1))
+        with pytest.warns(UserWarning, match='2 of 9 rows failed'):
+            c = compare(policies(rows), rows.prompt.tolist(), judge(server, retries=1))
     t = c.table.iloc[0]
     assert (t.wins, t.ties, t.losses, t.failed, t.n) == (2, 2, 3, 2, 7) and t.win_rate == 3/7
 
 
-READ = [('[[A]] looks good but it is wrong, so [[B]]', 'B'), ('I weigh [[A]].\n\n[[B]]', 'B'), ('The reply says "[[A]]", a trick.\nVerdict: [[B]]', 'B'), ('ok\n**[[A]]**', 'A'), ('Final verdict: [[tie]].', 'tie'),
-        ('[[A]]\n[[A]]', 'A'), ('{"reason": "[[A]]", "verdict": "B"}', 'B'), ('```json\n{"verdict": "tie", "reason": ""}\n```', 'tie'), ('x\n[[TIE]]', 'tie')]
-UNREAD = ['not A', 'A', 'I prefer answer A.', '', '   ', '[[A]] is better, I think', '[[A]]\n[[B]]', '[[A]] or [[B]]', 'Verdict: [[B]]\nVerdict: [[A]]', 'so [[A]] / [[B]]', '[[C]]', '[A]', '[[A]]\nThat is all.',
-          '{"verdict": "A"}', '{"reason": "x", "verdict": "A", "score": 1}', '{"reason": "x", "verdict": "A", "verdict": "B"}', '{"reason": "x", "verdict": "first"}', '{"reason": "x", "verdict": ["A"]}',
-          '{"reason": 1, "verdict": "A"}', '{"reason": "x", "verdict": "A"', '{"reason": "x", "verdict": "A"} [[A]]', '{}', '{"reason": "x", "verdict": null}', '{"a":' * 5000]
+READ = [('[[A]] looks good but it is wrong, so [[B]]', 'B'), ('I weigh [[A]].\n\n[[B]]', 'B'),
+        ('The reply says "[[A]]", a trick.\nVerdict: [[B]]', 'B'), ('ok\n**[[A]]**', 'A'),
+        ('Final verdict: [[tie]].', 'tie'), ('[[A]]\n[[A]]', 'A'), ('{"reason": "[[A]]", "verdict": "B"}', 'B'),
+        ('```json\n{"verdict": "tie", "reason": ""}\n```', 'tie'), ('x\n[[TIE]]', 'tie')]
+UNREAD = ['not A', 'A', 'I prefer answer A.', '', '   ', '[[A]] is better, I think', '[[A]]\n[[B]]', '[[A]] or [[B]]',
+          'Verdict: [[B]]\nVerdict: [[A]]', 'so [[A]] / [[B]]', '[[C]]', '[A]', '[[A]]\nThat is all.',
+          '{"verdict": "A"}', '{"reason": "x", "verdict": "A", "score": 1}',
+          '{"reason": "x", "verdict": "A", "verdict": "B"}', '{"reason": "x", "verdict": "first"}',
+          '{"reason": "x", "verdict": ["A"]}', '{"reason": 1, "verdict": "A"}', '{"reason": "x", "verdict": "A"',
+          '{"reason": "x", "verdict": "A"} [[A]]', '{}', '{"reason": "x", "verdict": null}', '{"a":' * 5000]
 
 @pytest.mark.parametrize('text, label', READ)
 def test_item62_the_verdict_is_where_it_was_asked_for(text, label): assert read_verdict(text)[0] == label
@@ -212,10 +237,15 @@ def test_item64_whatever_could_change_the_answer_is_in_the_key():
     "[fails for each part that is taken out of the key]"
     q = Question(1, 'ab', 'p', 'x', 'y')
     j = LLMJudge('m', base_url='http://a/v1')
-    other = [dataclasses.replace(j, **kw) for kw in (dict(model='m2'), dict(base_url='http://b/v1'), dict(template=TEMPLATE + ' '), dict(task='summary'), dict(temperature=.5), dict(seed=1), dict(repeat=1), dict(answer_format='line'))]
-    keys = [j.key(q), *(o.key(q) for o in other), *(j.key(dataclasses.replace(q, **kw)) for kw in (dict(prompt='P'), dict(first='X'), dict(second='Y'), dict(first='y', second='x')))]
+    other = [dataclasses.replace(j, **kw) for kw in (
+                 dict(model='m2'), dict(base_url='http://b/v1'), dict(template=TEMPLATE + ' '), dict(task='summary'),
+                 dict(temperature=.5), dict(seed=1), dict(repeat=1), dict(answer_format='line'))]
+    keys = [j.key(q), *(o.key(q) for o in other),
+            *(j.key(dataclasses.replace(q, **kw))
+              for kw in (dict(prompt='P'), dict(first='X'), dict(second='Y'), dict(first='y', second='x')))]
     assert len(set(keys)) == len(keys)
-    assert j.key(q) == dataclasses.replace(j, base_url='http://a/v1/', max_tokens=9, concurrency=1).key(dataclasses.replace(q, id=7))
+    assert j.key(q) == dataclasses.replace(j, base_url='http://a/v1/', max_tokens=9,
+                                           concurrency=1).key(dataclasses.replace(q, id=7))
 
 
 def test_item64_hit_and_miss_over_http(tmp_path):
@@ -224,7 +254,8 @@ def test_item64_hit_and_miss_over_http(tmp_path):
         judge(server, answers=path)(rows)
         assert len(server.requests) == 8
         swapped = rows.rename(columns={'a': 'b', 'b': 'a'})
-        assert judge(server, answers=path)(swapped).verdict.tolist() == [swap(v) for v in truth(rows)]   # the same two orders
+        # the same two orders
+        assert judge(server, answers=path)(swapped).verdict.tolist() == [swap(v) for v in truth(rows)]
         assert len(server.requests) == 8
         judge(server, answers=path, temperature=1.)(rows)
         judge(server, answers=path)(rows.assign(a=rows.a + '!'))
@@ -232,7 +263,8 @@ def test_item64_hit_and_miss_over_http(tmp_path):
 
 
 def test_item65_verdict_i_belongs_to_item_i():
-    "Random delays, five at a time, twenty rows in an order of their own [fails when results are taken in order of completion]"
+    """Random delays, five at a time, twenty rows in an order of their own [fails when results are taken in order
+    of completion]"""
     rows, rng, lock = rows_of(20).sample(frac=1, random_state=1), random.Random(0), threading.Lock()
     def slow(*texts):
         with lock: pause = rng.random() * .05
@@ -259,14 +291,17 @@ def test_item66_order_is_a_function_of_seed_and_id():
     with Server() as server: out = judge(server, concurrency=1, seed=3)(rows)
     assert out.asked_first.tolist() == ['ab' if a_first(i, 3) else 'ba' for i in rows.id]
     asked = [q[0] for q, _, _ in server.requests]
-    first = {i: q[1].startswith('answer a') for (i, *q), _, _ in reversed([r for r in server.requests]) for q in [(None, q[0])]}
+    first = {i: q[1].startswith('answer a') for (i, *q), _, _ in reversed([r for r in server.requests])
+             for q in [(None, q[0])]}
     assert asked == [i for i in range(40) for _ in 'ab'] and all(first[i] == a_first(i, 3) for i in range(40))
     assert set(out.asked_first) == {'ab', 'ba'}
 
 
 def test_item67_swapping_back():
-    "For every verdict unswap(swap(v)) == v; every combination of two orders [fails when the second order is not swapped back]"
-    assert all(swap(swap(v)) == v for v in ('a', 'b', 'tie', 'failed')) and [swap(v) for v in ('a', 'b', 'tie', 'failed')] == ['b', 'a', 'tie', 'failed']
+    """For every verdict unswap(swap(v)) == v; every combination of two orders [fails when the second order is
+    not swapped back]"""
+    assert (all(swap(swap(v)) == v for v in ('a', 'b', 'tie', 'failed'))
+            and [swap(v) for v in ('a', 'b', 'tie', 'failed')] == ['b', 'a', 'tie', 'failed'])
     for ab, ba in itertools.product(('a', 'b', 'tie', 'failed'), repeat=2):
         one, other = combine(ab, ba), combine(swap(ab), swap(ba))
         assert other['verdict'] == swap(one['verdict']) and other['flipped'] == one['flipped']
@@ -278,8 +313,10 @@ def test_item68_both_directions_add_to_one():
     rows = rows_of(50, seed=2).query('id % 7 > 0').reset_index(drop=True)
     with Server() as server:
         j = judge(server)
-        there, back = [compare(policies(rows), rows.prompt.tolist(), j, pairs=[p]).table.iloc[0] for p in (('A', 'B'), ('B', 'A'))]
-    assert there.win_rate + back.win_rate == 1 and (there.wins, there.ties, there.losses) == (back.losses, back.ties, back.wins)
+        there, back = [compare(policies(rows), rows.prompt.tolist(), j, pairs=[p]).table.iloc[0]
+                       for p in (('A', 'B'), ('B', 'A'))]
+    assert there.win_rate + back.win_rate == 1 and (there.wins, there.ties,
+                                                    there.losses) == (back.losses, back.ties, back.wins)
     assert (there.lo, there.hi) == pytest.approx((1 - back.hi, 1 - back.lo)) and there.p == back.p
     assert j.bill()['replies'] == 2*len(rows)   # the other direction asks nothing new
 
@@ -287,18 +324,23 @@ def test_item68_both_directions_add_to_one():
 def test_item69_a_judge_that_likes_length():
     "[fails when lengths of a and b are exchanged]"
     rng = np.random.default_rng(0)
-    rows = pd.DataFrame(dict(id=range(40), prompt=[f'question {i}' for i in range(40)], a=['quality 5 ' + 'word '*k for k in rng.integers(1, 30, 40)], b=['quality 5 ' + 'more '*k for k in rng.integers(1, 30, 40)]))
-    with Server(verdict=lambda p, a, b: 'A' if len(a) > len(b) else 'B' if len(b) > len(a) else 'tie') as server: v = judge(server)(rows)
+    rows = pd.DataFrame(dict(id=range(40), prompt=[f'question {i}' for i in range(40)],
+                             a=['quality 5 ' + 'word '*k for k in rng.integers(1, 30, 40)],
+                             b=['quality 5 ' + 'more '*k for k in rng.integers(1, 30, 40)]))
+    with Server(verdict=lambda p, a, b: 'A' if len(a) > len(b) else 'B' if len(b) > len(a) else 'tie') as server:
+        v = judge(server)(rows)
     with pytest.warns(UserWarning, match='longer completion wins 100%'): check = length_check(rows, v)
     assert check['longer_wins'] == 1 and check['win_rate_controlled'] is None   # length explains everything
-    with Server(verdict=lambda p, a, b: 'A' if len(a) < len(b) else 'B') as server: check = length_check(rows, judge(server)(rows))
+    with Server(verdict=lambda p, a, b: 'A' if len(a) < len(b) else 'B') as server:
+        check = length_check(rows, judge(server)(rows))
     assert check['longer_wins'] == 0
 
 
 # ---- the store and the budget
 
 def test_a_paid_answer_is_kept_whatever_it_holds_and_however_its_line_ends(tmp_path):
-    "Half a surrogate pair in a reply; a last line that lacks only its line break [fails when the file is opened without `errors`, and when every unended line is cut off]"
+    """Half a surrogate pair in a reply; a last line that lacks only its line break [fails when the file is
+    opened without `errors`, and when every unended line is cut off]"""
     path, answer = tmp_path/'a.jsonl', dict(key='k', label='A', reply='\ud83d')
     with Store(path) as s: s.add(answer)
     assert read_answers(path) == {'k': answer}
@@ -336,16 +378,19 @@ def test_the_call_budget_is_a_limit(tmp_path):
         j = judge(server, answers=tmp_path/'a.jsonl', budget_calls=40, concurrency=4)
         out = j(rows)
         assert len(server.requests) == 40 == j.bill()['calls']
-        assert set(out.verdict) > {'failed'} and out[out.verdict == 'failed'].reason.str.contains('not asked: the budget of 40 calls|the budget of 40 calls is spent').all()
+        assert (set(out.verdict) > {'failed'} and out[out.verdict == 'failed']
+                .reason.str.contains('not asked: the budget of 40 calls|the budget of 40 calls is spent').all())
         assert [v for v, w in zip(out.verdict, truth(rows)) if v != 'failed' and v != w] == []
-        assert judge(server, answers=tmp_path/'a.jsonl')(rows).verdict.tolist() == truth(rows) and len(set(server.paid)) == len(server.paid) == 60
+        assert (judge(server, answers=tmp_path/'a.jsonl')(rows).verdict.tolist() == truth(rows)
+                and len(set(server.paid)) == len(server.paid) == 60)
 
 
 def test_the_token_budget_is_a_limit():
     with Server() as server:
         j = judge(server, budget_tokens=3000, concurrency=5)
         out = j(rows_of(30))
-    assert j.bill()['prompt_tokens'] + j.bill()['completion_tokens'] <= 3000 and 0 < (out.verdict == 'failed').sum() < 30
+    assert (j.bill()['prompt_tokens'] + j.bill()['completion_tokens'] <= 3000
+            and 0 < (out.verdict == 'failed').sum() < 30)
     meter = Meter(max_tokens=100)
     meter.reserve(60); meter.settle(60); meter.reserve(100)
 
@@ -357,9 +402,11 @@ def test_estimate_before_and_count_after():
         e = j.estimate(rows)
         assert not server.requests and e['to_ask'] == e['questions'] == 20 and e['completion_tokens_at_most'] == 20*64
         sent = sum(len(j.prompt_text(q)) for q in j.questions(rows))
-        assert abs(e['prompt_tokens'] - sent/4) < 200 and e['cost_at_most'] == pytest.approx((2*e['prompt_tokens'] + 8*1280) / 1e6)
+        assert (abs(e['prompt_tokens'] - sent/4) < 200
+                and e['cost_at_most'] == pytest.approx((2*e['prompt_tokens'] + 8*1280) / 1e6))
         j(rows)
-        assert j.bill() == dict(calls=20, replies=20, prompt_tokens=2000, completion_tokens=200, cost=pytest.approx((2*2000 + 8*200) / 1e6))
+        assert j.bill() == dict(calls=20, replies=20, prompt_tokens=2000, completion_tokens=200,
+                                cost=pytest.approx((2*2000 + 8*200) / 1e6))
         assert j.estimate(rows)['to_ask'] == 0
 
 
@@ -397,16 +444,19 @@ for line in sys.stdin:
 '''
 
 def test_item63_killed_at_twenty_moments_nothing_stored_is_lost_or_asked_again(tmp_path):
-    """200 rows, SIGKILL at 20 random moments, then to the end. No stored answer is lost, none is asked again, and no more than the four under way are paid for twice a kill
+    """200 rows, SIGKILL at 20 random moments, then to the end. No stored answer is lost, none is asked again,
+    and no more than the four under way are paid for twice a kill
     [fails when the file is not flushed after each answer, and when it is written anew]"""
     rows, path, rng = rows_of(200), tmp_path/'answers.jsonl', random.Random(0)
     rows.to_json(tmp_path/'rows.json')
     stored, again = set(), []
     done = lambda: {(a['id'], a['order']) for a in read_answers(path).values()}
     name = lambda q: (str(q[0]), 'ab' if q[1].startswith('answer a') else 'ba')
-    with Server(delay=.002) as server, subprocess.Popen([sys.executable, '-c', KILLED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as mother:
+    with Server(delay=.002) as server, subprocess.Popen([sys.executable, '-c', KILLED], stdin=subprocess.PIPE,
+                                                        stdout=subprocess.PIPE, text=True) as mother:
         def start():
-            mother.stdin.write(json.dumps([server.url, str(path), str(tmp_path/'rows.json')]) + '\n'); mother.stdin.flush()
+            mother.stdin.write(json.dumps([server.url, str(path), str(tmp_path/'rows.json')]) + '\n')
+            mother.stdin.flush()
             return int(mother.stdout.readline())
         for _ in range(20):
             at, target = len(server.requests), len(server.paid) + rng.randint(1, 16)
@@ -427,7 +477,8 @@ def test_item63_killed_at_twenty_moments_nothing_stored_is_lost_or_asked_again(t
         assert not stored & {name(q) for q, _, _ in server.requests[at:]}
         mother.stdin.close()
     assert len(stored) > 100 and len(done()) == len(read_answers(path)) == 400
-    assert LLMJudge('m', base_url=server.url, answers=path, max_tokens=64)(rows).verdict.tolist() == truth(rows)   # the server is gone: all from the store
+    # the server is gone: all from the store
+    assert LLMJudge('m', base_url=server.url, answers=path, max_tokens=64)(rows).verdict.tolist() == truth(rows)
 
 
 # ---- key, settings, messages
@@ -436,17 +487,21 @@ def test_the_key_goes_to_the_server_and_nowhere_else(tmp_path, capsys, caplog):
     "[fails when the reason of a failure is the server's message as it is]"
     caplog.set_level('DEBUG')
     rows, out = rows_of(4), tmp_path/'out'
-    rows.melt(['id', 'prompt'], ['a', 'b'], 'policy', 'completion').drop(columns='id').to_json(tmp_path/'c.jsonl', orient='records', lines=True)
+    rows.melt(['id', 'prompt'], ['a', 'b'], 'policy',
+              'completion').drop(columns='id').to_json(tmp_path/'c.jsonl', orient='records', lines=True)
     with Server() as server:
-        assert judge_command([str(tmp_path/'c.jsonl'), '--model', 'm', '--base-url', server.url, '--output-dir', str(out)]) == 0
+        assert judge_command([str(tmp_path/'c.jsonl'), '--model', 'm', '--base-url', server.url, '--output-dir',
+                              str(out)]) == 0
         assert {auth for _, _, auth in server.requests} == {f'Bearer {KEY}'}
         server.faults = {i: ['401', '...'] for i in range(4)}
         with pytest.MonkeyPatch.context() as mp:
-            mp.setattr(judge_server.Handler, 'f_401', lambda h, *_: h.error(401, f'Incorrect API key provided: {KEY}'), raising=False)
+            mp.setattr(judge_server.Handler, 'f_401',
+                       lambda h, *_: h.error(401, f'Incorrect API key provided: {KEY}'), raising=False)
             failed = LLMJudge('other', base_url=server.url)
             reason = failed(rows).reason[0]
     assert 'refused the key' in reason and KEY not in reason
-    for n in range(150, 201): assert KEY[:4] not in failed._reason(ValueError('x' * n + KEY)).replace('x', '')   # cut anywhere in it
+    # cut anywhere in it
+    for n in range(150, 201): assert KEY[:4] not in failed._reason(ValueError('x' * n + KEY)).replace('x', '')
     for f in out.rglob('*'):
         if f.is_file(): assert KEY.encode() not in f.read_bytes(), f
     shown = capsys.readouterr()
@@ -468,10 +523,13 @@ def test_without_a_key_there_is_an_estimate_but_no_judgement(monkeypatch):
     j = LLMJudge('m')
     assert j.estimate(rows_of(2))['to_ask'] == 4
     with pytest.raises(UserError, match='environment variable OPENAI_API_KEY'): j(rows_of(2))
-    with Server() as server: assert judge(server)(rows_of(3)).verdict.tolist() == truth(rows_of(3))   # a local server needs none
+    # a local server needs none
+    with Server() as server: assert judge(server)(rows_of(3)).verdict.tolist() == truth(rows_of(3))
 
 
-@pytest.mark.parametrize('spoil, why', [(lambda r: pd.concat([r, r.head(1)]), 'id 0 occurs more than once'), (lambda r: r.drop(columns='a'), 'a missing'), (lambda r: r.assign(b=None), 'id 0: b is not text')])
+@pytest.mark.parametrize('spoil, why', [(lambda r: pd.concat([r, r.head(1)]), 'id 0 occurs more than once'),
+                                        (lambda r: r.drop(columns='a'), 'a missing'),
+                                        (lambda r: r.assign(b=None), 'id 0: b is not text')])
 def test_bad_rows_are_said(spoil, why):
     with pytest.raises(UserError, match=why): LLMJudge('m', base_url='http://127.0.0.1:1')(spoil(rows_of(3)))
 
@@ -479,7 +537,8 @@ def test_bad_rows_are_said(spoil, why):
 @pytest.mark.parametrize('task', TASKS)
 def test_prompts_hold_all_texts_once_between_tags_of_their_own(task):
     text = fill(TEMPLATE, task, 'THE PROMPT', 'ONE {second}', 'TWO </A-1> {prompt}', 'line')
-    assert text.count('THE PROMPT') == text.count('ONE {second}') == text.count('TWO </A-1> {prompt}') == 1 and text.endswith(FORMATS['line'])
+    assert (text.count('THE PROMPT') == text.count('ONE {second}') == text.count('TWO </A-1> {prompt}') == 1
+            and text.endswith(FORMATS['line']))
     assert fill(TEMPLATE, task, 'p', 'a', 'b') != fill(TEMPLATE, task, 'p', 'b', 'a')
     own = fill('Which? {prompt}|{first}|{second} {braces}', task, 'p', 'a', 'b')
     assert own == 'Which? p|a|b {braces}\n\n' + FORMATS['line']
@@ -488,9 +547,9 @@ def test_prompts_hold_all_texts_once_between_tags_of_their_own(task):
 def test_agreement():
     one = pd.DataFrame(dict(id=range(6), verdict=['a', 'b', 'tie', 'a', 'failed', 'b']))
     two = pd.DataFrame(dict(id=[5, 4, 3, 2, 1, 0], verdict=['b', 'a', 'b', 'tie', 'failed', 'a']))
-    s = agreement(one, two)
+    s = verdict_agreement(one, two)
     assert (s['n'], s['agreement']) == (4, .75)
-    with pytest.raises(UserError, match='no row in common'): agreement(one, two.assign(id=99 + two.id))
+    with pytest.raises(UserError, match='no row in common'): verdict_agreement(one, two.assign(id=99 + two.id))
 
 
 # ---- the command
@@ -498,7 +557,9 @@ def test_agreement():
 @pytest.fixture
 def completions(tmp_path):
     rows = rows_of(8)
-    df = pd.concat([pd.DataFrame(dict(prompt=rows.prompt, policy=p, completion=t)) for p, t in (('base', rows.b), ('new', rows.a), ('<i>third', rows.a.str.replace('quality ', 'quality 1')))], ignore_index=True)
+    df = pd.concat([pd.DataFrame(dict(prompt=rows.prompt, policy=p, completion=t))
+                    for p, t in (('base', rows.b), ('new', rows.a),
+                                 ('<i>third', rows.a.str.replace('quality ', 'quality 1')))], ignore_index=True)
     df.to_json(tmp_path/'c.jsonl', orient='records', lines=True)
     return tmp_path/'c.jsonl'
 
@@ -506,42 +567,58 @@ def completions(tmp_path):
 def test_mpo_judge_from_file_to_page(completions, tmp_path, capsys):
     out = tmp_path/'judged'
     with Server() as server:
-        args = [str(completions), '--model', 'm', '--base_url', server.url, '--output-dir', str(out), '--price', '[1, 2]']
+        args = [str(completions), '--model', 'm', '--base_url', server.url, '--output-dir', str(out),
+                '--price', '[1, 2]']
         assert judge_command([*args, '--dry-run']) == 0
         said = capsys.readouterr().out
-        assert not server.requests and not out.exists() and '24 pairs, 48 questions' in said and 'question' in said and 'cost at most' in said
+        assert (not server.requests and not out.exists() and '24 pairs, 48 questions' in said and 'question' in said
+                and 'cost at most' in said)
         assert judge_command(args) == 0
         said, asked = capsys.readouterr().out, len(server.requests)
         assert judge_command(args) == 0 and len(server.requests) == asked == 48
     assert 'used: 48 calls, 48 replies, 4800 prompt_tokens' in said
     numbers = json.loads((out/'comparison.json').read_text())
     pairs = numbers['judges']['m (helpful)']['pairs']
-    assert [(p['a'], p['b']) for p in pairs] == [('new', 'base'), ('<i>third', 'base'), ('<i>third', 'new')] and all(p['failed'] == 0 for p in pairs)
-    assert numbers['checks']['Bill']['calls'] == 0 and {r['policy'] for r in numbers['judges']['m (helpful)']['ranking']} == {'base', 'new', '<i>third'}
+    assert [(p['a'], p['b']) for p in pairs] == [('new', 'base'), ('<i>third', 'base'),
+                                                 ('<i>third', 'new')] and all(p['failed'] == 0 for p in pairs)
+    assert (numbers['checks']['Bill']['calls'] == 0
+            and {r['policy'] for r in numbers['judges']['m (helpful)']['ranking']} == {'base', 'new', '<i>third'})
     page = (out/'index.html').read_text()
-    assert '<i>' not in page and '&lt;i&gt;third' in page and 'data:image/svg+xml' in page and r'\toprule' in page and 'question 3' in page
+    assert ('<i>' not in page and '&lt;i&gt;third' in page and 'data:image/svg+xml' in page and r'\toprule' in page
+            and 'question 3' in page)
     assert len(pd.read_parquet(out/'verdicts.parquet')) == 24 and r'\toprule' in (out/'table.tex').read_text()
 
 
 def test_scores_in_the_file_are_further_judges(completions, tmp_path):
     "[fails when agreement is counted over other rows]"
     df = pd.read_json(completions, lines=True)
-    df = df[df.policy != '<i>third'].assign(score=lambda d: d.completion.str.extract(r'quality (-?\d+)')[0].astype(float) * np.where(d.prompt == 'question 5', -1, 1))
+    df = df[df.policy != '<i>third'].assign(score=lambda d: d.completion.str.extract(r'quality (-?\d+)')[0]
+                                            .astype(float) * np.where(d.prompt == 'question 5', -1, 1))
     df.to_json(completions, orient='records', lines=True)
-    with Server() as server: assert judge_command([str(completions), '--model', 'm', '--base-url', server.url, '--output-dir', str(tmp_path/'o')]) == 0
+    with Server() as server:
+        assert judge_command([str(completions), '--model', 'm', '--base-url', server.url, '--output-dir',
+                              str(tmp_path/'o')]) == 0
     numbers = json.loads((tmp_path/'o'/'comparison.json').read_text())
     assert set(numbers['judges']) == {'m (helpful)', 'score'} and numbers['checks']['Agreement'][0]['agreement'] == 7/8
-    assert (tmp_path/'o'/'index.html').read_text().index('prompt 5') < (tmp_path/'o'/'index.html').read_text().index('prompt 0')
+    assert ((tmp_path/'o'/'index.html').read_text().index('prompt 5')
+            < (tmp_path/'o'/'index.html').read_text().index('prompt 0'))
 
 
 def test_mpo_judge_says_what_failed(completions, tmp_path, capsys):
     with Server({2: ['500', '...']}) as server, pytest.warns(UserWarning, match='1 of 8 rows failed'):
-        assert judge_command([str(completions), '--model', 'm', '--base-url', server.url, '--retries', '0', '--baseline', 'base', '--policies', '[new]', '--output-dir', str(tmp_path/'o')]) == 1
+        assert judge_command([str(completions), '--model', 'm', '--base-url', server.url, '--retries', '0',
+                              '--baseline', 'base', '--policies', '[new]', '--output-dir', str(tmp_path/'o')]) == 1
     assert '1 failed: a shown as A: InternalServerError' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('args, why', [(['{file}'], 'model'), (['{file}', '--model', 'm', '--colour', 'red'], 'colour'), (['nothing.jsonl', '--model', 'm'], 'does not exist'), (['{file}', '--model', 'm', '--policies', '[x]'], "no policy 'x'"),
-                                       (['{file}', '--model', 'm', '--template-file', 'no.txt'], 'no.txt does not exist'), (['{file}', '--model', 'm', '--task', 'x'], "task 'x'"), (['{file}', '--model', 'm', '--policies', '[new]'], 'a comparison needs two'), (['--model', 'm'], 'first say which')])
+@pytest.mark.parametrize('args, why',
+                         [(['{file}'], 'model'), (['{file}', '--model', 'm', '--colour', 'red'], 'colour'),
+                          (['nothing.jsonl', '--model', 'm'], 'does not exist'),
+                          (['{file}', '--model', 'm', '--policies', '[x]'], "no policy 'x'"),
+                          (['{file}', '--model', 'm', '--template-file', 'no.txt'], 'no.txt does not exist'),
+                          (['{file}', '--model', 'm', '--task', 'x'], "task 'x'"),
+                          (['{file}', '--model', 'm', '--policies', '[new]'], 'a comparison needs two'),
+                          (['--model', 'm'], 'first say which')])
 def test_mpo_judge_bad_arguments_are_one_sentence(completions, args, why):
     with pytest.raises(UserError, match=why): judge_command([a.format(file=completions) for a in args])
 
@@ -553,7 +630,8 @@ TEMPLATE_260K = '{prompt}\nA: {first}\nB: {second}\n{format}'
 def served_rows():
     "Prompts and two answers to each, of words that the story model knows"
     rng = random.Random(1)
-    words = lambda n: ' '.join(rng.choices('the cat sat on a mat and saw big red dog run far to play with ball tree sun'.split(), k=n))
+    words = lambda n: ' '.join(
+        rng.choices('the cat sat on a mat and saw big red dog run far to play with ball tree sun'.split(), k=n))
     return [words(5) for _ in range(6)], {'long': [words(8) for _ in range(6)], 'short': [words(3) for _ in range(6)]}
 
 
@@ -564,24 +642,32 @@ def real_server(tmp_path_factory, one_thread):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     folder = data_path()
     source = folder and folder.parent/'models'/'stories260K'
-    if not source or not source.exists(): pytest.skip('the pretrained model stories260K is not beside the data, in shared/models')
-    for package in ('fastapi', 'uvicorn'): pytest.importorskip(package, reason='transformers serve needs fastapi and uvicorn')
+    if not source or not source.exists():
+        pytest.skip('the pretrained model stories260K is not beside the data, in shared/models')
+    for package in ('fastapi', 'uvicorn'):
+        pytest.importorskip(package, reason='transformers serve needs fastapi and uvicorn')
     out = tmp_path_factory.mktemp('served')/'judge'
     tok, model = AutoTokenizer.from_pretrained(source), AutoModelForCausalLM.from_pretrained(source)
     tok.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}{{ '\n' }}"
-    opt, answer = torch.optim.AdamW(model.parameters(), lr=3e-3), tok('[[A]]', add_special_tokens=False).input_ids + [tok.eos_token_id]
+    opt, answer = (torch.optim.AdamW(model.parameters(), lr=3e-3),
+                   tok('[[A]]', add_special_tokens=False).input_ids + [tok.eos_token_id])
     prompts, texts = served_rows()
-    messages = [fill(TEMPLATE_260K, 'helpful', p, x, y, style) for p, *pair in zip(prompts, *texts.values()) for x, y in (pair, pair[::-1]) for style in FORMATS]
+    messages = [fill(TEMPLATE_260K, 'helpful', p, x, y, style) for p, *pair in zip(prompts, *texts.values())
+                for x, y in (pair, pair[::-1]) for style in FORMATS]
     for step in range(6*len(messages)):
         opt.param_groups[0]['lr'] = 3e-3 * (1 - step/(6*len(messages)))
         message = messages[step % len(messages)]
-        asked = tok(tok.apply_chat_template([dict(role='user', content=message)], tokenize=False), add_special_tokens=False).input_ids
-        model(input_ids=torch.tensor([asked + answer]), labels=torch.tensor([[-100]*len(asked) + answer])).loss.backward()
+        asked = tok(tok.apply_chat_template([dict(role='user', content=message)], tokenize=False),
+                    add_special_tokens=False).input_ids
+        model(input_ids=torch.tensor([asked + answer]),
+              labels=torch.tensor([[-100]*len(asked) + answer])).loss.backward()
         opt.step(); opt.zero_grad()
     model.save_pretrained(out); tok.save_pretrained(out)
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    process = subprocess.Popen([sys.executable, '-m', 'transformers.cli.transformers', 'serve', str(out), '--host', '127.0.0.1', '--port', str(port), '--device', 'cpu'],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | dict(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1'))
+    process = subprocess.Popen([sys.executable, '-m', 'transformers.cli.transformers', 'serve',
+                                str(out), '--host', '127.0.0.1', '--port', str(port), '--device', 'cpu'],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env=os.environ | dict(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1'))
     try:
         for _ in range(600):
             assert process.poll() is None, 'transformers serve ended'
@@ -593,15 +679,19 @@ def real_server(tmp_path_factory, one_thread):
 
 
 def test_a_real_server_end_to_end(real_server, tmp_path):
-    "Over HTTP to `transformers serve`: it takes no notice of the schema, so the reply is a final line; and its model always says [[A]], so all is a tie"
+    """Over HTTP to `transformers serve`: it takes no notice of the schema, so the reply is a final line; and its
+    model always says [[A]], so all is a tie"""
     prompts, answers = served_rows()
-    j = LLMJudge(real_server['model'], base_url=real_server['url'], template=TEMPLATE_260K, max_tokens=16, concurrency=2, answers=tmp_path/'answers.jsonl')
+    j = LLMJudge(real_server['model'], base_url=real_server['url'], template=TEMPLATE_260K, max_tokens=16,
+                 concurrency=2, answers=tmp_path/'answers.jsonl')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         c = compare(answers, prompts, j)
     assert c.table.win_rate[0] == .5 and c.table.failed[0] == 0 and c.verdicts.flipped.all()
     assert j.bill()['replies'] >= 12 and j.bill()['prompt_tokens'] > 12*50
     stored = read_answers(tmp_path/'answers.jsonl').values()
-    assert len(stored) == 12 and {a['label'] for a in stored} == {'A'} and all(a['completion_tokens'] > 0 for a in stored)
-    unknown = LLMJudge('no/such-model', base_url=real_server['url'], template=TEMPLATE_260K, retries=0, give_up=2)(rows_of(5))
+    assert (len(stored) == 12 and {a['label'] for a in stored} == {'A'}
+            and all(a['completion_tokens'] > 0 for a in stored))
+    unknown = LLMJudge('no/such-model', base_url=real_server['url'], template=TEMPLATE_260K, retries=0,
+                       give_up=2)(rows_of(5))
     assert (unknown.verdict == 'failed').all() and unknown.reason.str.len().gt(20).all()

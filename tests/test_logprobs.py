@@ -1,4 +1,5 @@
-"""Tokens, masks, log-probs, sampling, KL estimates: reported defects of other implementations (numbered as in the project's list of known defects) that ours must not have.
+"""Tokens, masks, log-probs, sampling, KL estimates: reported defects of other implementations (numbered as in
+the project's list of known defects) that ours must not have.
 
 Each docstring says in brackets which mutation of the code makes the test fail."""
 import copy
@@ -12,10 +13,14 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from scipy import stats
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GenerationConfig, MambaConfig, MistralConfig
 
-from mpo_nb import logprobs as L
-from mpo_nb.data import UserError
-from mpo_nb.logprobs import (check_sampling, collate, completion_logprobs, decode_completion, encode_completion, encode_prompt, inference, kl_k1, kl_k2, kl_k3,
-                             masked_mean, masked_sum, sample, seeded, sequence_logprobs)
+from mpo_nb import sampling as S
+from mpo_nb.core import UserError
+from mpo_nb.logprobs import (
+    check_tokenizer,
+    collate, completion_logprobs, decode_completion, encode_completion, encode_prompt, inference, kl_k1, kl_k2,
+    kl_k3, masked_mean, masked_sum, sequence_logprobs
+)
+from mpo_nb.sampling import check_sampling, sample, seeded
 from util import KINDS, TableLM, bpe, pad_is_eos, row_logps, steer, tiny, toy_prompts, toy_tokenizer
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'own_random_state')
@@ -28,7 +33,8 @@ ANSWERS = [[21, 22, 23, 1], [24, 1], [25, 26, 27, 28, 29, 30], [1]]
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_item03_left_padding_needs_position_ids(kind):
-    "One row alone equals the same row left-padded by 1 to 5 beside a partner [fails on gpt2 when `completion_logits` leaves `position_ids` out]"
+    """One row alone equals the same row left-padded by 1 to 5 beside a partner [fails on gpt2 when
+    `completion_logits` leaves `position_ids` out]"""
     model = tiny(kind)
     prompt, answer = PROMPTS[0], ANSWERS[0]
     with torch.no_grad():
@@ -40,7 +46,8 @@ def test_item03_left_padding_needs_position_ids(kind):
 
 
 def test_item04_each_logprob_is_read_at_its_own_place():
-    "A model that encodes (position, token): token t is predicted at P-1+t, and nowhere else flows a gradient [fails when the logits are cut one place later]"
+    """A model that encodes (position, token): token t is predicted at P-1+t, and nowhere else flows a gradient
+    [fails when the logits are cut one place later]"""
     model, (prompt, answer) = TableLM(), ([1, 2, 3], [4, 5, 6, 7])
     batch = collate([prompt, [8, 9]], [answer, [1, 2]], pad_id=0)
     logps = completion_logprobs(model, batch)
@@ -54,7 +61,8 @@ def test_item04_each_logprob_is_read_at_its_own_place():
 
 
 def test_item05_padding_of_unfinished_rows_is_masked():
-    "A row without EOS, shorter than its batch: the mask has its length [fails when the mask is taken from an EOS search]"
+    """A row without EOS, shorter than its batch: the mask has its length [fails when the mask is taken from an
+    EOS search]"""
     rows = [[5, 6], [5, 6, 7, 8, 9], [5, 1, 6], [1]]
     batch = collate([[2]] * 4, rows, pad_id=0)
     assert batch.mask.sum(1).tolist() == batch.attention_mask[:, 1:].sum(1).tolist() == [2, 5, 3, 1]
@@ -65,7 +73,8 @@ def test_item05_padding_of_unfinished_rows_is_masked():
 
 
 def test_item06_eos_is_trained_when_it_is_also_the_pad_token():
-    "pad == EOS: the EOS is attended and has a gradient, the pads behind it neither [fails when the mask is `ids != pad_id`]"
+    """pad == EOS: the EOS is attended and has a gradient, the pads behind it neither [fails when the mask is
+    `ids != pad_id`]"""
     model, eos = TableLM(), 1
     batch = collate([[2, 3], [4]], [[5, eos], [6, 7, 8, eos]], pad_id=eos)
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1]]
@@ -81,7 +90,8 @@ def test_padding_invariance_of_sums(pad):
     expected = [row_logps(model, p, c).sum().item() for p, c in zip(PROMPTS, ANSWERS)]
     for size in (1, 2, 4):
         assert sequence_logprobs(model, pad, PROMPTS, ANSWERS, batch_size=size) == pytest.approx(expected, abs=5e-5)
-        assert sequence_logprobs(model, pad, PROMPTS[::-1], ANSWERS[::-1], batch_size=size) == pytest.approx(expected[::-1], abs=5e-5)
+        assert sequence_logprobs(model, pad, PROMPTS[::-1], ANSWERS[::-1],
+                                 batch_size=size) == pytest.approx(expected[::-1], abs=5e-5)
 
 
 @pytest.mark.parametrize('poison', [1e6, float('nan'), float('inf')])
@@ -98,7 +108,8 @@ def test_poisoned_positions_change_no_masked_sum(poison):
 # ---- temperature and the sampling distribution
 
 def test_item07_temperature_divides_the_logits():
-    "T = 0.7: log-probs are those of softmax(logits / T) [fails when `temperature` isn't passed on to `gather_logprobs`]"
+    """T = 0.7: log-probs are those of softmax(logits / T) [fails when `temperature` isn't passed on to
+    `gather_logprobs`]"""
     model = tiny('neox')
     expected = [row_logps(model, p, c, .7).sum().item() for p, c in zip(PROMPTS, ANSWERS)]
     assert sequence_logprobs(model, 0, PROMPTS, ANSWERS, temperature=.7) == pytest.approx(expected, abs=5e-5)
@@ -116,29 +127,35 @@ LEAKY = dict(top_k=5, repetition_penalty=1.5, min_p=.5, temperature=.3, no_repea
 @pytest.fixture(params=['own loop', 'generate'])
 def engine(request, monkeypatch):
     "Sampling by our own loop, and by the model's `generate` as for models that the loop can't run"
-    if request.param == 'generate': monkeypatch.setattr(L, '_network', lambda model: None)
+    if request.param == 'generate': monkeypatch.setattr(S, '_network', lambda model: None)
     return request.param
 
 def test_item08_the_models_generation_config_is_ignored(tok, monkeypatch, engine):
-    "The scores that are sampled from are logits / T of a pass without cache, whatever the model's own settings; those are put back [fails when `_plain_generation` does nothing, and when `_decode` leaves the temperature out]"
+    """The scores that are sampled from are logits / T of a pass without cache, whatever the model's own
+    settings; those are put back [fails when `_plain_generation` does nothing, and when `_decode` leaves the
+    temperature out]"""
     model, seen = tiny('gpt2'), []
     model.generation_config = own = GenerationConfig(do_sample=True, **LEAKY)
-    run = L._engine(model)
-    monkeypatch.setattr(L, '_engine', lambda model: lambda *a, **kw: run(*a, seen=seen, **kw))
+    run = S._engine(model)
+    monkeypatch.setattr(S, '_engine', lambda model: lambda *a, **kw: run(*a, seen=seen, **kw))
     s = sample(model, tok, toy_prompts(3), 6, temperature=.8, batch_size=1)
     order = sorted(range(3), key=lambda i: len(s.prompt_ids[i]))
-    with torch.no_grad(): logits = torch.cat([model(torch.tensor([s.prompt_ids[i] + s.completion_ids[i]])).logits[0, len(s.prompt_ids[i]) - 1:-1] for i in order])
+    with torch.no_grad():
+        logits = torch.cat([model(torch.tensor([s.prompt_ids[i] + s.completion_ids[i]]))
+                            .logits[0, len(s.prompt_ids[i]) - 1:-1] for i in order])
     assert len(seen) == len(logits) >= 6
     torch.testing.assert_close(torch.cat(seen), logits / .8, atol=1e-4, rtol=1e-4)
     assert model.generation_config is own and own.top_k == 5
 
 
 def test_item08_samples_follow_the_models_distribution(tok, engine):
-    "3,000 sampled first tokens against softmax(logits / T): chi-squared [fails when `_generation_config` leaves `top_k` to its default of 50, and when `_pick` leaves the temperature out]"
+    """3,000 sampled first tokens against softmax(logits / T): chi-squared [fails when `_generation_config`
+    leaves `top_k` to its default of 50, and when `_pick` leaves the temperature out]"""
     model, (prompt,) = tiny('gpt2'), toy_prompts(1)
     model.generation_config = GenerationConfig(do_sample=True, **LEAKY)
     drawn = [c[0] for c in sample(model, tok, [prompt] * 3000, 1, temperature=1.3, batch_size=1000).completion_ids]
-    with torch.no_grad(): p = (model(torch.tensor([encode_prompt(tok, prompt)])).logits[0, -1] / 1.3).softmax(-1).double().numpy()
+    with torch.no_grad():
+        p = (model(torch.tensor([encode_prompt(tok, prompt)])).logits[0, -1] / 1.3).softmax(-1).double().numpy()
     order = np.argsort(p)
     bins = np.array_split(order, 20)                                      # rare tokens together
     observed, expected = [np.isin(drawn, b).sum() for b in bins], [p[b].sum() * 3000 for b in bins]
@@ -146,7 +163,9 @@ def test_item08_samples_follow_the_models_distribution(tok, engine):
 
 
 def test_item08_every_token_of_the_own_loop_follows_the_distribution(tok):
-    "2,000 completions with rows leaving the batch all the time: at each step, the probabilities of the drawn tokens' place in the distribution function are uniform (Kolmogorov-Smirnov) [fails when the rows that leave the batch aren't taken out of the cache]"
+    """2,000 completions with rows leaving the batch all the time: at each step, the probabilities of the drawn
+    tokens' place in the distribution function are uniform (Kolmogorov-Smirnov) [fails when the rows that
+    leave the batch aren't taken out of the cache]"""
     model = tiny('llama', seed=4)
     steer(model, tok.eos_token_id, by=3.5)
     s = sample(model, tok, toy_prompts(5) * 400, 8, temperature=.9, batch_size=500)
@@ -154,16 +173,19 @@ def test_item08_every_token_of_the_own_loop_follows_the_distribution(tok):
     rng = np.random.default_rng(0)
     for chunk in (slice(0, 1000), slice(1000, 2000)):
         batch = collate(s.prompt_ids[chunk], s.completion_ids[chunk], tok.pad_token_id)
-        with torch.no_grad(): p = (L.completion_logits(model, batch) / .9).softmax(-1).double()
+        with torch.no_grad(): p = (S.completion_logits(model, batch) / .9).softmax(-1).double()
         below = p.cumsum(-1).gather(-1, batch.completion_ids[..., None])[..., 0]
-        place = below - p.gather(-1, batch.completion_ids[..., None])[..., 0] * torch.from_numpy(rng.random(below.shape))
+        place = below - p.gather(-1,
+                                 batch.completion_ids[..., None])[..., 0] * torch.from_numpy(rng.random(below.shape))
         for t in range(8): assert stats.kstest(place[:, t][batch.mask[:, t]].numpy(), 'uniform').pvalue > 1e-4
 
 
 def test_item08_rare_tokens_keep_their_probability():
-    "100,000 tokens of 1e-8 beside one of 0.999: numbers 1e-8 apart draw 200 of them, one after the other [fails when the distribution function is in fp32]"
+    """100,000 tokens of 1e-8 beside one of 0.999: numbers 1e-8 apart draw 200 of them, one after the other
+    [fails when the distribution function is in fp32]"""
     logits = torch.cat([torch.tensor([.999]), torch.full((100_000,), 1e-8)]).log().expand(50, -1)
-    drawn = torch.cat([L._pick(logits, .9991 + 1e-8 * torch.arange(i, i + 50, dtype=torch.float64)) for i in range(0, 200, 50)])
+    drawn = torch.cat([S._pick(logits, .9991 + 1e-8 * torch.arange(i, i + 50, dtype=torch.float64))
+                       for i in range(0, 200, 50)])
     assert len(drawn.unique()) == 200 and drawn.diff().abs().max() <= 2
 
 
@@ -176,19 +198,21 @@ def test_a_model_that_predicts_nan_is_refused(tok):
 
 def test_item08_the_check_on_the_first_rollout_sees_a_leak(tok, monkeypatch):
     "[fails when `check_sampling` compares with the processed scores]"
-    for network in (L._network, lambda model: None):                      # the own loop, and generate
-        monkeypatch.setattr(L, '_network', network)
+    for network in (S._network, lambda model: None):                      # the own loop, and generate
+        monkeypatch.setattr(S, '_network', network)
         check_sampling(tiny(), tok, toy_prompts(1)[0], temperature=.7)
     for leak in (dict(top_k=5), dict(repetition_penalty=1.5), dict(min_p=.5), dict(temperature=.5)):
-        monkeypatch.setattr(L, '_generation_config', lambda *a, **kw: GenerationConfig(**dict(do_sample=True, max_new_tokens=3, top_k=0, eos_token_id=1, pad_token_id=0) | leak))
+        monkeypatch.setattr(S, '_generation_config', lambda *a, **kw: GenerationConfig(**dict(do_sample=True,
+                                    max_new_tokens=3, top_k=0, eos_token_id=1, pad_token_id=0) | leak))
         with pytest.raises(RuntimeError): check_sampling(tiny(), tok, toy_prompts(1)[0], temperature=.7)
 
 
-@pytest.mark.parametrize('leak', [lambda x: x.masked_fill(x < x.topk(5).values[:, -1:], float('-inf')), lambda x: x * 1.3])
+@pytest.mark.parametrize('leak',
+                         [lambda x: x.masked_fill(x < x.topk(5).values[:, -1:], float('-inf')), lambda x: x * 1.3])
 def test_item08_the_check_sees_a_leak_in_the_own_loop(leak, tok, monkeypatch):
     "[fails when `check_sampling` compares the loop's scores with themselves]"
-    plain = L._next_logits
-    monkeypatch.setattr(L, '_next_logits', lambda *a: leak(plain(*a)))
+    plain = S._next_logits
+    monkeypatch.setattr(S, '_next_logits', lambda *a: leak(plain(*a)))
     with pytest.raises(RuntimeError): check_sampling(tiny(), tok, toy_prompts(1)[0], temperature=.7)
 
 
@@ -196,49 +220,59 @@ def test_item08_the_check_sees_a_leak_in_the_own_loop(leak, tok, monkeypatch):
 
 def windowed(kind):
     "A model of which every layer, or every other one, sees 8 tokens"
-    config = dict(vocab_size=len(toy_tokenizer()), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8, intermediate_size=24, sliding_window=8,
+    config = dict(vocab_size=len(toy_tokenizer()), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                  num_key_value_heads=1, head_dim=8, intermediate_size=24, sliding_window=8,
                   initializer_range=.3, pad_token_id=0, eos_token_id=1, bos_token_id=None)
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(kind(**config)).eval()
 
 @pytest.mark.parametrize('kind', [*KINDS, MistralConfig, Gemma2Config])
 def test_the_own_loop_says_what_generate_says(kind, tok):
-    "Greedy, 12 prompts of unequal length, rows ending at all times, stores growing beyond their first room [fails when positions aren't counted on, when rows that leave aren't taken out of the cache, and when the store isn't copied as it grows]"
+    """Greedy, 12 prompts of unequal length, rows ending at all times, stores growing beyond their first room
+    [fails when positions aren't counted on, when rows that leave aren't taken out of the cache, and when the
+    store isn't copied as it grows]"""
     model = tiny(kind, seed=2) if isinstance(kind, str) else windowed(kind)
     steer(model, tok.eos_token_id, by=2.)
     ids = [encode_prompt(tok, p) for p in toy_prompts(12)]
-    with inference(model): own, theirs = (f(model, tok, ids, 45) for f in (L._decode, L._generate))
-    assert L._network(model) is model and own == theirs and len(set(map(len, own))) > 1
+    with inference(model): own, theirs = (f(model, tok, ids, 45) for f in (S._decode, S._generate))
+    assert S._network(model) is model and own == theirs and len(set(map(len, own))) > 1
 
 
 def test_models_that_the_own_loop_cannot_run_are_left_to_generate(tok):
-    "Recurrent layers (Mamba) or a `generate` of their own; they sample all the same [fails when `_network` doesn't look at the cache's layers]"
-    mamba = AutoModelForCausalLM.from_config(MambaConfig(vocab_size=len(tok), hidden_size=16, num_hidden_layers=2, state_size=4, pad_token_id=0, eos_token_id=1)).eval()
+    """Recurrent layers (Mamba) or a `generate` of their own; they sample all the same [fails when `_network`
+    doesn't look at the cache's layers]"""
+    mamba = AutoModelForCausalLM.from_config(MambaConfig(vocab_size=len(tok), hidden_size=16, num_hidden_layers=2,
+                                                         state_size=4, pad_token_id=0, eos_token_id=1)).eval()
     class Own(type(tiny())):
         def generate(self, *a, **kw): return super().generate(*a, **kw)
     own = Own(tiny().config).eval()
     hybrid = tiny()
     hybrid.config.layer_types = ['full_attention', 'linear_attention']
-    assert [L._network(m) for m in (mamba, own, hybrid)] == [None] * 3
+    assert [S._network(m) for m in (mamba, own, hybrid)] == [None] * 3
     for model in (mamba, own):
         s = sample(model, tok, toy_prompts(3), 5)
-        assert s.completion_ids == sample(model, tok, toy_prompts(3), 5).completion_ids and all(0 < len(c) <= 5 for c in s.completion_ids)
+        assert (s.completion_ids == sample(model, tok, toy_prompts(3), 5).completion_ids
+                and all(0 < len(c) <= 5 for c in s.completion_ids))
         check_sampling(model, tok, toy_prompts(1)[0])
 
 
 def test_the_own_loop_runs_inside_lora(tok):
-    "An adapter that isn't zero changes what is said, as in generate; prompt tuning is left to generate [fails when `_network` hands back the wrapper's bare weights, or doesn't look for prompt learning]"
+    """An adapter that isn't zero changes what is said, as in generate; prompt tuning is left to generate [fails
+    when `_network` hands back the wrapper's bare weights, or doesn't look for prompt learning]"""
     bare = tiny()
-    model = get_peft_model(copy.deepcopy(bare), LoraConfig(task_type='CAUSAL_LM', target_modules=['q_proj', 'v_proj'], init_lora_weights=False)).eval()
+    model = get_peft_model(copy.deepcopy(bare), LoraConfig(task_type='CAUSAL_LM', target_modules=['q_proj', 'v_proj'],
+                                                           init_lora_weights=False)).eval()
     ids = [encode_prompt(tok, p) for p in toy_prompts(6)]
-    with inference(model): runs = [f(m, tok, ids, 20) for m, f in ((model, L._decode), (model, L._generate), (bare, L._decode))]
+    with inference(model):
+        runs = [f(m, tok, ids, 20) for m, f in ((model, S._decode), (model, S._generate), (bare, S._decode))]
     assert runs[0] == runs[1] != runs[2]
     tuned = get_peft_model(bare, PromptTuningConfig(task_type='CAUSAL_LM', num_virtual_tokens=3))
-    assert L._network(tuned) is None
+    assert S._network(tuned) is None
 
 
 def test_ended_rows_cost_nothing(tok):
-    "Rows leave the batch when a quarter of it has ended: the forward sees fewer and fewer, and each only the new token [fails when no row leaves]"
+    """Rows leave the batch when a quarter of it has ended: the forward sees fewer and fewer, and each only the
+    new token [fails when no row leaves]"""
     model, shapes = tiny('llama', seed=4), []
     steer(model, tok.eos_token_id, by=3.5)
     model.register_forward_pre_hook(lambda m, a, kw: shapes.append(tuple(kw['input_ids'].shape)), with_kwargs=True)
@@ -251,16 +285,19 @@ def test_ended_rows_cost_nothing(tok):
 
 @pytest.mark.parametrize('size', [1, 3, 7])
 def test_a_completion_does_not_depend_on_its_batch(size, tok):
-    "Same seed, another batch size: the same samples (up to ties in rounding, of which there are none here) [fails when the random numbers are drawn step by step]"
+    """Same seed, another batch size: the same samples (up to ties in rounding, of which there are none here)
+    [fails when the random numbers are drawn step by step]"""
     model, prompts = tiny('gpt2'), toy_prompts(7)
     steer(model, tok.eos_token_id, by=3)
-    assert sample(model, tok, prompts, 9, batch_size=size).completion_ids == sample(model, tok, prompts, 9).completion_ids
+    assert sample(model, tok, prompts, 9,
+                  batch_size=size).completion_ids == sample(model, tok, prompts, 9).completion_ids
 
 
 @pytest.mark.parametrize('kind', ['gpt2', 'llama'])
 @pytest.mark.parametrize('pad_eos', [False, True])
 def test_item09_batched_generation_equals_single(kind, pad_eos, tok):
-    "Greedy: 5 prompts of unequal length in batches of 5, 2 and 1 give the ids of each alone, nothing behind EOS [fails on gpt2 when prompts are padded on the right, and when the rows come back sorted by length]"
+    """Greedy: 5 prompts of unequal length in batches of 5, 2 and 1 give the ids of each alone, nothing behind
+    EOS [fails on gpt2 when prompts are padded on the right, and when the rows come back sorted by length]"""
     tok = pad_is_eos(tok) if pad_eos else tok
     model, prompts = tiny(kind, seed=4), toy_prompts(5, seed=1)
     steer(model, tok.eos_token_id, by={'gpt2': 2.2, 'llama': 3.5}[kind])
@@ -268,23 +305,27 @@ def test_item09_batched_generation_equals_single(kind, pad_eos, tok):
     runs = [sample(model, tok, prompts, 7, greedy=True, batch_size=b) for b in (1, 2, 5)]
     assert len(set(map(len, ids))) > 1 and any(runs[0].ended)             # else the test shows nothing
     for r in runs:
-        assert r.completion_ids == ids and r.prompts == prompts and r.prompt_ids == [encode_prompt(tok, p) for p in prompts]
+        assert (r.completion_ids == ids and r.prompts == prompts
+                and r.prompt_ids == [encode_prompt(tok, p) for p in prompts])
         assert r.ended == [tok.eos_token_id in c for c in ids]
         assert all(tok.eos_token_id not in c[:-1] for c in r.completion_ids)
 
 
 def test_item09_logprobs_of_samples_equal_single_rows(tok):
-    "Samples of several chunks and widths, scored in other chunks, have the log-probs of each row alone [fails when `sequence_logprobs` returns its rows sorted by length]"
+    """Samples of several chunks and widths, scored in other chunks, have the log-probs of each row alone [fails
+    when `sequence_logprobs` returns its rows sorted by length]"""
     model, prompts = tiny('gpt2'), toy_prompts(7)
     steer(model, tok.eos_token_id, by=3)
     s = sample(model, tok, prompts, 7, batch_size=3)
     assert len(s) == 7 and len(set(map(len, s.completion_ids))) > 2
     expected = [row_logps(model, encode_prompt(tok, p), c).sum().item() for p, c in zip(prompts, s.completion_ids)]
-    assert sequence_logprobs(model, 0, s.prompt_ids, s.completion_ids, batch_size=2) == pytest.approx(expected, abs=5e-5)
+    assert sequence_logprobs(model, 0, s.prompt_ids, s.completion_ids,
+                             batch_size=2) == pytest.approx(expected, abs=5e-5)
 
 
 def test_item13_log_softmax_is_computed_in_fp32():
-    "bf16 weights: the log-probs are fp32 and those of the bf16 logits to 1e-5 [fails when `completion_logits` leaves out `.float()`]"
+    """bf16 weights: the log-probs are fp32 and those of the bf16 logits to 1e-5 [fails when `completion_logits`
+    leaves out `.float()`]"""
     model = tiny('llama').bfloat16()
     batch = collate(PROMPTS[:1], ANSWERS[:1], pad_id=0)
     with torch.no_grad():
@@ -298,7 +339,8 @@ def test_item13_log_softmax_is_computed_in_fp32():
 
 @pytest.mark.parametrize('pad_eos', [False, True])
 def test_item16_generation_stops_at_eos(pad_eos, tok):
-    "A model that says EOS at step 3 is called 3 times, though its own settings know no EOS [fails when no config names `eos_token_id`]"
+    """A model that says EOS at step 3 is called 3 times, though its own settings know no EOS [fails when no
+    config names `eos_token_id`]"""
     tok, model = pad_is_eos(tok) if pad_eos else tok, tiny()
     model.generation_config = GenerationConfig()
     model.config.eos_token_id = None
@@ -318,7 +360,8 @@ def test_item17_a_cut_completion_is_exactly_what_was_sampled(tok):
 
 
 def test_item20_eos_or_pad_as_first_token(tok):
-    "First token EOS: a completion of one token, empty text; first token the pad token: an ordinary token [fails when rows are cut at the first pad]"
+    """First token EOS: a completion of one token, empty text; first token the pad token: an ordinary token
+    [fails when rows are cut at the first pad]"""
     model = tiny()
     steer(model, tok.eos_token_id, by=1e5)
     s = sample(model, tok, toy_prompts(2), 5)
@@ -334,7 +377,8 @@ def test_item20_eos_or_pad_as_first_token(tok):
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_item11_k3_stays_finite(dtype):
-    "Log-ratios of -100, 0, 100: value and gradient finite, never negative, 0 at 0 [fails when the cap on the log-ratio is left out]"
+    """Log-ratios of -100, 0, 100: value and gradient finite, never negative, 0 at 0 [fails when the cap on the
+    log-ratio is left out]"""
     logps = torch.tensor([-100., 0., 100.], dtype=dtype, requires_grad=True)
     k3 = kl_k3(logps, torch.zeros(3, dtype=dtype))
     k3.sum().backward()
@@ -355,7 +399,8 @@ def test_item11_estimators_agree_with_the_exact_kl():
 def rng_state(): return random.getstate(), [str(x) for x in np.random.get_state()], torch.get_rng_state().tolist()
 
 def test_item27_sampling_is_seeded_and_leaves_the_global_generators_alone(tok):
-    "Same seed, same samples, whatever was drawn before; equal prompts in one batch differ [fails when `sample` doesn't use `seeded`]"
+    """Same seed, same samples, whatever was drawn before; equal prompts in one batch differ [fails when `sample`
+    doesn't use `seeded`]"""
     model, prompts, before = tiny(), toy_prompts(1) * 6, rng_state()
     first = sample(model, tok, prompts, 6, seed=3).completion_ids
     assert rng_state() == before
@@ -363,7 +408,8 @@ def test_item27_sampling_is_seeded_and_leaves_the_global_generators_alone(tok):
     assert sample(model, tok, prompts, 6, seed=3).completion_ids == first
     assert sample(model, tok, prompts, 6, seed=4).completion_ids != first
     assert len(set(map(tuple, first))) == 6
-    assert len(set(map(tuple, sample(model, tok, prompts, 6, seed=3, batch_size=2).completion_ids))) == 6     # batches don't repeat each other
+    # batches don't repeat each other
+    assert len(set(map(tuple, sample(model, tok, prompts, 6, seed=3, batch_size=2).completion_ids))) == 6
 
 
 def test_item27_seeded_puts_the_state_back_after_an_error():
@@ -376,18 +422,21 @@ def test_item27_seeded_puts_the_state_back_after_an_error():
 
 
 def test_item29_log_probs_of_rollouts_carry_no_graph(tok):
-    "Sampling and scoring leave the mode of the model as it was, with dropout off inside [fails when `inference` doesn't call `eval`]"
+    """Sampling and scoring leave the mode of the model as it was, with dropout off inside [fails when
+    `inference` doesn't call `eval`]"""
     model = tiny('gpt2', dropout=.5).train()
     expected = sequence_logprobs(copy.deepcopy(model).eval(), 0, PROMPTS, ANSWERS)
     assert (sequence_logprobs(model, 0, PROMPTS, ANSWERS) == expected).all() and model.training
     with inference(model): assert not model(torch.tensor([[5]])).logits.requires_grad
     assert model.training and all(m.training for m in model.modules())
-    greedy = [sample(m, tok, toy_prompts(3), 5, greedy=True).completion_ids for m in (model, copy.deepcopy(model).eval())]
+    greedy = [sample(m, tok, toy_prompts(3), 5, greedy=True).completion_ids
+              for m in (model, copy.deepcopy(model).eval())]
     assert greedy[0] == greedy[1] and model.training
 
 
 def test_item31_the_reference_samples_from_itself(tok):
-    "A reference with negated output layer says something else than the policy [fails when `sample` keeps the first model that it was given]"
+    """A reference with negated output layer says something else than the policy [fails when `sample` keeps the
+    first model that it was given]"""
     policy = tiny('qwen2', tie_word_embeddings=False)
     ref = copy.deepcopy(policy)
     ref.get_output_embeddings().weight.data.neg_()
@@ -397,7 +446,8 @@ def test_item31_the_reference_samples_from_itself(tok):
 
 # ---- text and ids
 
-TEXTS = [('Answer: hello', ' world'), ('Ans', 'wer: hello'), ('hello wor', 'ld, the answer'), ('the answer is ', 'here.'), ('the answer is', ' here.'),
+TEXTS = [('Answer: hello', ' world'), ('Ans', 'wer: hello'), ('hello wor', 'ld, the answer'),
+         ('the answer is ', 'here.'), ('the answer is', ' here.'),
          ('\n\nAssistant:', ' hello'), ('hello', '\n\nworld'), ('a', 'b'), ('hello world,', 'the')]
 
 def tokenizer(kind):
@@ -410,7 +460,8 @@ def tokenizer(kind):
 
 @pytest.mark.parametrize('kind', ['gpt2', 'llama', 'closing', 'stories260K'])
 def test_item35_tokens_never_merge_across_the_boundary(kind):
-    "Prompts that end in a space or mid-word: the prompt's ids are those of generation, prompt + completion decodes to the text [fails when the completion is encoded alone]"
+    """Prompts that end in a space or mid-word: the prompt's ids are those of generation, prompt + completion
+    decodes to the text [fails when the completion is encoded alone]"""
     tok = tokenizer(kind)
     for prompt, completion in TEXTS:
         head, ids = encode_prompt(tok, prompt), encode_completion(tok, prompt, completion)
@@ -423,9 +474,11 @@ def test_item35_tokens_never_merge_across_the_boundary(kind):
 
 @pytest.mark.parametrize('kind', ['gpt2', 'llama', 'closing', 'stories260K'])
 def test_item36_one_eos_at_the_end_one_bos_at_the_start(kind):
-    "Also where the tokenizer closes every text with EOS, or the completion's text already ends in it [fails when the trailing EOS isn't stripped before one is added]"
+    """Also where the tokenizer closes every text with EOS, or the completion's text already ends in it [fails
+    when the trailing EOS isn't stripped before one is added]"""
     tok = tokenizer(kind)
-    for prompt, completion in TEXTS + [('hello', ''), ('Answer:', ' hello' + tok.eos_token), ('hello', tok.eos_token * 2)]:
+    for prompt, completion in TEXTS + [('hello', ''), ('Answer:', ' hello' + tok.eos_token),
+                                       ('hello', tok.eos_token * 2)]:
         ids = encode_prompt(tok, prompt) + encode_completion(tok, prompt, completion)
         assert None not in ids
         assert ids.count(tok.eos_token_id) == 1 and ids[-1] == tok.eos_token_id
@@ -447,4 +500,4 @@ def test_item36_empty_prompt_and_missing_tokens_are_named():
     for kind in ('pad', 'eos'):
         tok = copy.deepcopy(bpe('gpt2'))
         setattr(tok, f'{kind}_token', None)
-        with pytest.raises(UserError, match=f'{kind}_token'): L.check_tokenizer(tok)
+        with pytest.raises(UserError, match=f'{kind}_token'): check_tokenizer(tok)

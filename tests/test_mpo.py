@@ -6,11 +6,15 @@ import pandas as pd
 import pytest
 import yaml
 
-from mpo_nb.mpo import SEEDS, check_folder, load_recipe, main, parse_recipe, recipe_keys, recipes, report, stage_seed, stages
+from mpo_nb.recipe import load_recipe, parse_recipe, recipe_keys, recipes
+from mpo_nb.report import report
+from mpo_nb.pipeline import SEEDS, check_folder, stage_seed, stages
+from mpo_nb.cli import main
 
 SIZE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
 TINY = dict(data=dict(pairs=300, demonstrations=300), eval=dict(prompts=24, samples=2), model=dict(size=SIZE),
-            sft=dict(max_steps=12, save_steps=4), reward=dict(max_steps=8, save_steps=3), dpo=dict(beta=.1, max_steps=8, save_steps=3, easy={}),
+            sft=dict(max_steps=12, save_steps=4), reward=dict(max_steps=8, save_steps=3),
+            dpo=dict(beta=.1, max_steps=8, save_steps=3, easy={}),
             ppo=dict(num_rollouts=3, save_steps=2, rollout_batch_size=16, hard={}))
 ENV = dict(os.environ, OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
 
@@ -22,7 +26,8 @@ def write_recipe(path, **keys):
 def tiny(tmp_path_factory):
     "A recipe file: the toy world in a few steps"
     base = yaml.safe_load(recipes()['toy'].read_text())
-    keys = {k: {**(v if isinstance(v, dict) else {}), **TINY.get(k, {})} if isinstance(v, dict) else v for k, v in base.items()}
+    keys = {k: {**(v if isinstance(v, dict) else {}), **TINY.get(k, {})} if isinstance(v, dict) else v
+            for k, v in base.items()}
     return write_recipe(tmp_path_factory.mktemp('recipe')/'tiny.yaml', **keys)
 
 # Everything is imported once; runs are forked children, and one child is killed in every stage.
@@ -31,8 +36,10 @@ import os, signal, sys, time
 from pathlib import Path
 import torch, trl, transformers, datasets, matplotlib.figure
 from trl import SFTTrainer, RewardTrainer
-import mpo_nb.evaluate, mpo_nb.gap, mpo_nb.ppo, mpo_nb.dpo
-from mpo_nb.mpo import main, stages, load_recipe
+import mpo_nb.evaluate, mpo_nb.gap, mpo_nb.ppo_trainer, mpo_nb.dpo
+from mpo_nb.recipe import load_recipe
+from mpo_nb.pipeline import stages
+from mpo_nb.cli import main
 recipe, whole, killed = sys.argv[1:]
 
 def start(folder):
@@ -47,7 +54,8 @@ def start(folder):
 def working(stage):
     "Is the run in this stage, behind a checkpoint where the stage writes them?"
     run = Path(killed)
-    if stage in ('sft', 'reward', 'dpo', 'dpo_easy', 'ppo', 'mpo'): return any((run/'checkpoints'/stage).glob('checkpoint-*/complete'))
+    if stage in ('sft', 'reward', 'dpo', 'dpo_easy', 'ppo', 'mpo'):
+        return any((run/'checkpoints'/stage).glob('checkpoint-*/complete'))
     return run.is_dir() and any(run.glob(f'.{stage}.*'))
 
 kills = []
@@ -71,7 +79,8 @@ print('killed in', *kills)
 def runs(tiny, tmp_path_factory):
     "(run folder of an uninterrupted run, one that was killed in each stage, the stages it was killed in)"
     tmp = tmp_path_factory.mktemp('runs')
-    r = subprocess.run([sys.executable, '-c', DRIVER, tiny, str(tmp/'whole'), str(tmp/'killed')], capture_output=True, text=True, env=ENV, timeout=600)
+    r = subprocess.run([sys.executable, '-c', DRIVER, tiny, str(tmp/'whole'), str(tmp/'killed')], capture_output=True,
+                       text=True, env=ENV, timeout=600)
     assert r.returncode == 0, r.stdout + r.stderr
     return tmp/'whole', tmp/'killed', r.stdout.strip().splitlines()[-1].split()[2:]
 
@@ -84,13 +93,16 @@ def test_killed_in_each_stage_same_numbers(runs):
     assert {'sft', 'reward', 'dpo', 'dpo_easy', 'ppo', 'mpo'} <= set(kills)
     assert len(kills) >= 8
     assert without_seconds(whole) == without_seconds(killed)
-    for f in ('completions.parquet', 'gaps.parquet'): pd.testing.assert_frame_equal(pd.read_parquet(whole/f), pd.read_parquet(killed/f))
+    for f in ('completions.parquet', 'gaps.parquet'):
+        pd.testing.assert_frame_equal(pd.read_parquet(whole/f), pd.read_parquet(killed/f))
 
 def test_run_folder(runs):
     whole = runs[0]
     names = {p.name for p in whole.iterdir() if p.name != '.lock'}
-    assert names == {*SEEDS} - {'judge', 'report', 'score'} | {'recipe.yaml', 'environment.json', 'gaps.parquet', 'completions.parquet', 'evaluation.json', 'report.html'}
-    assert {'prompt', 'chosen', 'rejected', 'reward_chosen', 'reward_rejected', 'gap', 'set'} <= set(pd.read_parquet(whole/'gaps.parquet').columns)
+    assert names == {*SEEDS} - {'judge', 'report', 'score'} | {
+        'recipe.yaml', 'environment.json', 'gaps.parquet', 'completions.parquet', 'evaluation.json', 'report.html'}
+    assert {'prompt', 'chosen', 'rejected', 'reward_chosen', 'reward_rejected', 'gap',
+            'set'} <= set(pd.read_parquet(whole/'gaps.parquet').columns)
     assert {'prompt', 'policy', 'completion', 'score'} <= set(pd.read_parquet(whole/'completions.parquet').columns)
     env = json.loads((whole/'environment.json').read_text())
     assert env['seed'] == 0 and env['packages']['torch'] and str(Path.home()) not in json.dumps(env)
@@ -103,9 +115,11 @@ def test_evaluation_contract(runs):
     assert e['policies']['sft']['kl_to_sft'] == 0
     assert len(e['win_rates']) == 10
     for w in e['win_rates']:
-        assert set(w) == {'a', 'b', 'wins', 'ties', 'losses', 'win_rate', 'ci'} and w['wins'] + w['ties'] + w['losses'] == 24
+        assert set(w) == {'a', 'b', 'wins', 'ties', 'losses', 'win_rate',
+                          'ci'} and w['wins'] + w['ties'] + w['losses'] == 24
         assert w['ci'][0] <= w['win_rate'] <= w['ci'][1]
-    assert all(set(s) == {'seconds'} for s in e['stages'].values()) and {'sft', 'reward', 'dpo', 'ppo', 'mpo'} <= set(e['stages'])
+    assert (all(set(s) == {'seconds'} for s in e['stages'].values())
+            and {'sft', 'reward', 'dpo', 'ppo', 'mpo'} <= set(e['stages']))
 
 def test_report_is_self_contained_and_escaped(runs, tmp_path):
     whole = tmp_path/'run'
@@ -121,8 +135,9 @@ def test_report_is_self_contained_and_escaped(runs, tmp_path):
 
 
 def test_report_shows_every_pair_by_the_functions_of_08_evaluate(runs):
-    "Intervals are those of evaluation.json; Holm's p and Bradley-Terry strengths are those of compare_scores [fails when a pair is left out]"
-    from mpo_nb.evaluate import compare_scores
+    """Intervals are those of evaluation.json; Holm's p and Bradley-Terry strengths are those of compare_scores
+    [fails when a pair is left out]"""
+    from mpo_nb.compare import compare_scores
     html, e = (runs[0]/'report.html').read_text(), json.loads((runs[0]/'evaluation.json').read_text())
     c = compare_scores(pd.read_parquet(runs[0]/'completions.parquet'))
     for w, r in zip(e['win_rates'], c.table.itertuples()):
@@ -134,7 +149,8 @@ def test_report_shows_every_pair_by_the_functions_of_08_evaluate(runs):
 @pytest.mark.parametrize('command', ['eval', 'judge'])
 def test_eval_and_judge_are_commands(command, capsys):
     assert main([command, '--help']) == 0 and f'mpo {command} FILE' in capsys.readouterr().out
-    assert main([command, 'nothing.jsonl', *(['--model', 'm'] if command == 'judge' else [])]) == 2 and 'nothing.jsonl does not exist' in capsys.readouterr().err
+    assert (main([command, 'nothing.jsonl', *(['--model', 'm'] if command == 'judge' else [])]) == 2
+            and 'nothing.jsonl does not exist' in capsys.readouterr().err)
 
 
 def test_mpo_eval_reads_a_run_folder(runs, tmp_path, capsys):
@@ -159,7 +175,8 @@ def fails(capsys, *argv, says, command='run'):
 
 def test_run_folder_of_another_recipe(runs, tiny, capsys):
     before = {p: p.stat().st_mtime_ns for p in runs[0].rglob('*')}
-    fails(capsys, tiny, '--output_dir', runs[0], '--seed', 1, '--dpo.beta', .7, says=['another recipe', 'seed (0 there, 1 here)', 'dpo.beta (0.1 there, 0.7 here)'])
+    fails(capsys, tiny, '--output_dir', runs[0], '--seed', 1, '--dpo.beta', .7,
+          says=['another recipe', 'seed (0 there, 1 here)', 'dpo.beta (0.1 there, 0.7 here)'])
     assert before == {p: p.stat().st_mtime_ns for p in runs[0].rglob('*')}
 
 def test_folder_that_is_no_run(tmp_path, tiny, capsys):
@@ -170,7 +187,8 @@ def test_folder_that_is_no_run(tmp_path, tiny, capsys):
 def test_two_runs_in_one_folder(tmp_path, tiny, capsys):
     from filelock import FileLock
     (tmp_path/'run').mkdir()
-    with FileLock(tmp_path/'run'/'.lock'): fails(capsys, tiny, '--output_dir', tmp_path/'run', says='another run is working')
+    with FileLock(tmp_path/'run'/'.lock'):
+        fails(capsys, tiny, '--output_dir', tmp_path/'run', says='another run is working')
 
 @pytest.mark.parametrize('argv, says', [
     (['toy', '--dpo.betta', '1'], 'unknown key `dpo.betta`; did you mean `dpo.beta`?'),
@@ -203,8 +221,10 @@ def test_wrong_arguments(argv, says, capsys, tmp_path, monkeypatch):
     fails(capsys, *argv, says=says)
 
 @pytest.mark.parametrize('text, says', [
-    ('dpo: {betta: 1}', 'unknown key `dpo.betta`'), ('dpo: 1', '`dpo` is a section'), ('seed: [1', 'line 1'), ('', 'nothing'), ('- a', 'something else'),
-    ('dpo: {beta: much}', "`dpo.beta` should be float, not 'much'"), ('seed: null', '`seed`'), ('data: {source: a.jsonl}', 'no model')])
+    ('dpo: {betta: 1}', 'unknown key `dpo.betta`'), ('dpo: 1', '`dpo` is a section'),
+    ('seed: [1', 'line 1'), ('', 'nothing'), ('- a', 'something else'),
+    ('dpo: {beta: much}', "`dpo.beta` should be float, not 'much'"), ('seed: null', '`seed`'),
+    ('data: {source: a.jsonl}', 'no model')])
 def test_wrong_recipe_file(text, says, capsys, tmp_path):
     (tmp_path/'mine.yaml').write_text(text)
     fails(capsys, tmp_path/'mine.yaml', '--output_dir', tmp_path/'run', says=says)
@@ -221,18 +241,21 @@ def local_model(tmp_path_factory):
     tok = PreTrainedTokenizerFast(tokenizer_object=t, pad_token='<pad>', eos_token='<eos>')
     folder = tmp_path_factory.mktemp('model')/'gpt'
     tok.save_pretrained(folder)
-    GPT2LMHeadModel(GPT2Config(vocab_size=len(tok), n_embd=16, n_layer=1, n_head=2, n_positions=128, bos_token_id=None, eos_token_id=1, pad_token_id=0)).save_pretrained(folder)
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tok), n_embd=16, n_layer=1, n_head=2, n_positions=128,
+                               bos_token_id=None, eos_token_id=1, pad_token_id=0)).save_pretrained(folder)
     return folder
 
 @pytest.fixture(scope='module')
 def rows(tmp_path_factory):
     "A user's file of 200 rows, one of them unusable"
     path = tmp_path_factory.mktemp('rows')/'mine.jsonl'
-    row = lambda i: dict(prompt=f'What is {i} and one?', chosen=f' It is {i + 1}.', rejected=f' {i} or so.' if i != 7 else f' It is {i + 1}.')
+    row = lambda i: dict(prompt=f'What is {i} and one?', chosen=f' It is {i + 1}.',
+                         rejected=f' {i} or so.' if i != 7 else f' It is {i + 1}.')
     path.write_text('\n'.join(json.dumps(row(i)) for i in range(200)) + '\n')
     return path
 
-USER = {k: TINY[k] for k in ('eval', 'sft', 'reward', 'dpo', 'ppo')} | dict(gap=dict(easy_fraction=.5, folds=2), dpo=TINY['dpo'] | dict(easy=dict(max_steps=5)))
+USER = ({k: TINY[k] for k in ('eval', 'sft', 'reward', 'dpo', 'ppo')}
+        | dict(gap=dict(easy_fraction=.5, folds=2), dpo=TINY['dpo'] | dict(easy=dict(max_steps=5))))
 
 @pytest.mark.parametrize('kind', ['pad', 'eos'])
 def test_tokenizer_without_token(kind, local_model, rows, capsys, tmp_path):
@@ -242,13 +265,16 @@ def test_tokenizer_without_token(kind, local_model, rows, capsys, tmp_path):
             cfg = json.loads((tmp_path/'m'/f).read_text())
             cfg.pop(f'{kind}_token')
             (tmp_path/'m'/f).write_text(json.dumps(cfg))
-    recipe = write_recipe(tmp_path/'r.yaml', data=dict(source=str(rows), max_prompt_length=40, max_completion_length=24), model=dict(name=str(tmp_path/'m')), **USER)
+    recipe = write_recipe(tmp_path/'r.yaml',
+                          data=dict(source=str(rows), max_prompt_length=40, max_completion_length=24),
+                          model=dict(name=str(tmp_path/'m')), **USER)
     fails(capsys, recipe, '--output_dir', tmp_path/'run', says=[f'no {kind} token', f'model.{kind}_token'])
     fails(capsys, recipe, '--output_dir', tmp_path/'run', f'--model.{kind}_token', '<unheard>', says='<unheard>')
 
 def test_reward_model_with_two_labels(local_model, tmp_path, capsys, tiny):
     from transformers import AutoConfig, AutoModelForSequenceClassification
-    AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(local_model, num_labels=2)).save_pretrained(tmp_path/'rm')
+    AutoModelForSequenceClassification.from_config(
+        AutoConfig.from_pretrained(local_model, num_labels=2)).save_pretrained(tmp_path/'rm')
     fails(capsys, tiny, '--output_dir', tmp_path/'run', '--reward.name', tmp_path/'rm', says='has 2 labels')
 
 def test_too_long_for_the_model(local_model, rows, capsys, tmp_path):
@@ -256,26 +282,35 @@ def test_too_long_for_the_model(local_model, rows, capsys, tmp_path):
     fails(capsys, recipe, '--output_dir', tmp_path/'run', says='reads at most 128 tokens: give smaller ones')
 
 def test_no_row_fits_then_mended_in_the_same_folder(local_model, rows, capsys, tmp_path):
-    recipe = write_recipe(tmp_path/'r.yaml', data=dict(source=str(rows), max_prompt_length=3, max_completion_length=24), model=dict(name=str(local_model)), **USER)
+    recipe = write_recipe(tmp_path/'r.yaml',
+                          data=dict(source=str(rows), max_prompt_length=3, max_completion_length=24),
+                          model=dict(name=str(local_model)), **USER)
     caught = main(['run', recipe, '--output_dir', str(tmp_path/'run')])
     err = capsys.readouterr().err
     assert caught == 2 and 'none of 199 pairs fits' in err and 'Traceback' not in err
-    check_folder(load_recipe(recipe, data=dict(max_prompt_length=40)), tmp_path/'run')     # nothing was finished: another try may use the folder
+    # nothing was finished: another try may use the folder
+    check_folder(load_recipe(recipe, data=dict(max_prompt_length=40)), tmp_path/'run')
 
 def test_missing_data_file(local_model, capsys, tmp_path):
-    recipe = write_recipe(tmp_path/'r.yaml', data=dict(source=str(tmp_path/'none.jsonl'), max_prompt_length=40, max_completion_length=24), model=dict(name=str(local_model)), **USER)
+    recipe = write_recipe(tmp_path/'r.yaml', data=dict(source=str(tmp_path/'none.jsonl'),
+                                                       max_prompt_length=40, max_completion_length=24),
+                          model=dict(name=str(local_model)), **USER)
     assert main(['run', recipe, '--output_dir', str(tmp_path/'run')]) == 2
     err = capsys.readouterr().err
     assert 'none.jsonl' in err and 'Traceback' not in err
 
 def test_nan_stops_with_stage_and_step(tmp_path, capsys, tiny):
-    assert main(['run', tiny, '--output_dir', str(tmp_path/'run'), '--sft.learning_rate', '1e30', '--sft.logging_steps', '1', '--sft.max_grad_norm', '1e30']) == 2
+    assert main(['run', tiny, '--output_dir', str(tmp_path/'run'), '--sft.learning_rate', '1e30',
+                 '--sft.logging_steps', '1', '--sft.max_grad_norm', '1e30']) == 2
     err = capsys.readouterr().err
     assert re.search(r'mpo: stage sft, step \d+: .*(nan|inf|not finite)', err) and 'Traceback' not in err
 
 def test_users_own_file(local_model, rows, tmp_path):
-    recipe = write_recipe(tmp_path/'mine.yaml', data=dict(source=str(rows), max_prompt_length=40, max_completion_length=24, test=.2), model=dict(name=str(local_model)), **USER)
-    r = subprocess.run([sys.executable, '-c', 'import sys; from mpo_nb.mpo import main; sys.exit(main())', 'run', recipe], capture_output=True, text=True, cwd=tmp_path, env=ENV, timeout=300)
+    recipe = write_recipe(tmp_path/'mine.yaml',
+                          data=dict(source=str(rows), max_prompt_length=40, max_completion_length=24, test=.2),
+                          model=dict(name=str(local_model)), **USER)
+    r = subprocess.run([sys.executable, '-c', 'import sys; from mpo_nb.cli import main; sys.exit(main())', 'run',
+                        recipe], capture_output=True, text=True, cwd=tmp_path, env=ENV, timeout=300)
     assert r.returncode == 0, r.stderr
     run = tmp_path/'runs'/'mine'
     e = json.loads((run/'evaluation.json').read_text())
@@ -296,12 +331,15 @@ LENGTHS = ['--data.max_prompt_length', '40', '--data.max_completion_length', '24
 def test_gaps_of_own_file(local_model, rows, tmp_path, capsys):
     "From a language model: cross-fitted, every row in one set or set aside with its reason"
     folder = tmp_path/'gaps'
-    argv = ['gaps', str(rows), '--model', str(local_model), *LENGTHS, '--output_dir', str(folder), '--reward.max_steps', '3', '--gap.easy_fraction', '0.25']
+    argv = ['gaps', str(rows), '--model', str(local_model), *LENGTHS, '--output_dir', str(folder),
+            '--reward.max_steps', '3', '--gap.easy_fraction', '0.25']
     assert main(argv) == 0
     gaps, aside = pd.read_parquet(folder/'gaps.parquet'), pd.read_parquet(folder/'score'/'set_aside_broken.parquet')
     assert set(gaps.fold) == {0, 1} and gaps.groupby('prompt').fold.nunique().max() == 1
-    assert len(gaps) + len(aside) == len(rows.read_text().splitlines()) and aside.reason.tolist() == ['equal completions']
-    assert (gaps.set == 'easy').sum() <= round(.25*len(gaps)) and (gaps.gap == gaps.reward_chosen - gaps.reward_rejected).all()
+    assert (len(gaps) + len(aside) == len(rows.read_text().splitlines())
+            and aside.reason.tolist() == ['equal completions'])
+    assert ((gaps.set == 'easy').sum() <= round(.25*len(gaps))
+            and (gaps.gap == gaps.reward_chosen - gaps.reward_rejected).all())
     out = capsys.readouterr().out
     assert f'{len(gaps)} pairs' in out and '1 set aside' in out and not (folder/'checkpoints'/'score').exists()
     fails(capsys, *argv[1:-1], '0.5', says='another recipe', command='gaps')
@@ -315,22 +353,28 @@ def test_gaps_with_a_finished_reward_model(runs, tmp_path):
     pairs.to_parquet(tmp_path/'p.parquet')
     for i, key in enumerate(('--model', '--reward.name', '--reward.name')):
         folder = tmp_path/f'g{min(i, 1)}'
-        assert main(['gaps', str(tmp_path/'p.parquet'), key, str(whole/'reward'), '--data.max_prompt_length', '64', '--output_dir', str(folder)]) == 0
+        assert main(['gaps', str(tmp_path/'p.parquet'), key, str(whole/'reward'), '--data.max_prompt_length', '64',
+                     '--output_dir', str(folder)]) == 0
         gaps = pd.read_parquet(folder/'gaps.parquet')
         rm = RewardModel.load(whole/'reward')
         aside = json.loads((folder/'score'/'stage.json').read_text())['metrics']['set_aside']
-        assert len(gaps) + sum(aside.values()) == len(pairs) and gaps.reward_chosen.tolist() == pytest.approx(rm(gaps.prompt.tolist(), gaps.chosen.tolist()).tolist(), abs=1e-5)
+        assert (len(gaps) + sum(aside.values()) == len(pairs) and gaps.reward_chosen.tolist()
+                == pytest.approx(rm(gaps.prompt.tolist(), gaps.chosen.tolist()).tolist(), abs=1e-5))
         page = (folder/'report.html').read_text()
         assert '<script>' not in page and 'http' not in page.replace('http://www.w3.org', '') and 'runs/' not in page
 
 def test_gaps_with_second_labels(runs, tmp_path, capsys, monkeypatch):
-    "Estimate in the report, on the terminal and in score/noise.json: that of `noise_rate` on the same gaps; text and numbers are read; bad ones are named before anything is trained [fails when the labels come in another order, when a bad value isn't looked for, and when it is looked for after training only]"
-    from mpo_nb.gap import noise_rate
+    """Estimate in the report, on the terminal and in score/noise.json: that of `noise_rate` on the same gaps;
+    text and numbers are read; bad ones are named before anything is trained [fails when the labels come in
+    another order, when a bad value isn't looked for, and when it is looked for after training only]"""
+    from mpo_nb.noise import noise_rate
     whole = runs[0]
     pairs = pd.read_parquet(whole/'pairs'/'train.parquet').head(60)
     labels = [None if i % 3 else bool(i % 4) for i in range(60)]
-    argv = lambda name: ['gaps', str(tmp_path/name), '--model', str(whole/'reward'), '--data.max_prompt_length', '64', '--output_dir', str(tmp_path/'g'), '--gap.second_label', 'again']
-    written = {'bool.parquet': labels, 'number.csv': [None if a is None else int(a) for a in labels], 'text.csv': ['' if a is None else str(a) for a in labels]}
+    argv = lambda name: ['gaps', str(tmp_path/name), '--model', str(whole/'reward'), '--data.max_prompt_length', '64',
+                         '--output_dir', str(tmp_path/'g'), '--gap.second_label', 'again']
+    written = {'bool.parquet': labels, 'number.csv': [None if a is None else int(a) for a in labels],
+               'text.csv': ['' if a is None else str(a) for a in labels]}
     found = []
     for name, again in written.items():
         d = pairs[['prompt', 'chosen', 'rejected']].assign(again=again)
@@ -338,21 +382,28 @@ def test_gaps_with_second_labels(runs, tmp_path, capsys, monkeypatch):
         shutil.rmtree(tmp_path/'g', ignore_errors=True)
         assert main(argv(name)) == 0
         found.append(json.loads((tmp_path/'g'/'score'/'noise.json').read_text()))
-        assert '20 second labels' in capsys.readouterr().out and 'How many labels are wrong?' in (tmp_path/'g'/'report.html').read_text()
+        assert ('20 second labels' in capsys.readouterr().out
+                and 'How many labels are wrong?' in (tmp_path/'g'/'report.html').read_text())
     assert found[0] == found[1] == found[2] and found[0]['second_labels'] == 20
     gaps = pd.read_parquet(tmp_path/'g'/'gaps.parquet').sort_values('source_row')
     assert gaps.chosen.tolist() == pairs.chosen.tolist()
-    expected = noise_rate(gaps.gap.tolist(), gaps.prompt.tolist(), labels, seed=stage_seed(load_recipe('toy'), 'score')).iloc[0]
+    expected = noise_rate(gaps.gap.tolist(), gaps.prompt.tolist(), labels,
+                          seed=stage_seed(load_recipe('toy'), 'score')).iloc[0]
     assert found[0]['rows'][0]['gap'] == 'all' and found[0]['rows'][0]['rate'] == pytest.approx(expected.rate, abs=1e-6)
     d = pairs[['prompt', 'chosen', 'rejected']].assign(again=['maybe'] + [''] * 59)
     d.to_csv(tmp_path/'bad.csv', index=False); d.assign(again='').to_csv(tmp_path/'none.csv', index=False)
-    monkeypatch.setattr('mpo_nb.mpo._train_reward', lambda *a: pytest.fail('trained first'))
-    for name, key, says in (('bad.csv', 'again', "'maybe' (bad.csv, row 1)"), ('none.csv', 'again', 'holds no label'), ('bad.csv', 'twice', "no column 'twice'")):
-        assert main([*argv(name)[:-1], key, '--model', str(whole/'sft'), '--output_dir', str(tmp_path/f'{key}{name}')]) == 2
+    monkeypatch.setattr('mpo_nb.pipeline._train_reward', lambda *a: pytest.fail('trained first'))
+    for name, key, says in (('bad.csv', 'again', "'maybe' (bad.csv, row 1)"), ('none.csv', 'again', 'holds no label'),
+                            ('bad.csv', 'twice', "no column 'twice'")):
+        assert main([*argv(name)[:-1], key, '--model', str(whole/'sft'), '--output_dir',
+                     str(tmp_path/f'{key}{name}')]) == 2
         assert says in capsys.readouterr().err
-    assert main(['run', 'toy', '--gap.second_label', 'again', '--output_dir', str(tmp_path/'run')]) == 2 and '`mpo gaps` only' in capsys.readouterr().err
+    assert (main(['run', 'toy', '--gap.second_label', 'again', '--output_dir', str(tmp_path/'run')]) == 2
+            and '`mpo gaps` only' in capsys.readouterr().err)
 
-@pytest.mark.parametrize('argv, says', [(['--model', 'm'], 'first say which data'), (['no-such-file.jsonl'], 'no model'), (['x.jsonl', '--model', './nowhere'], 'nowhere'),
+@pytest.mark.parametrize('argv, says',
+                         [(['--model', 'm'], 'first say which data'), (['no-such-file.jsonl'], 'no model'),
+                          (['x.jsonl', '--model', './nowhere'], 'nowhere'),
                                         (['x.jsonl', '--gap.treshold', '1'], 'gap.threshold')])
 def test_gaps_wrong_arguments(argv, says, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

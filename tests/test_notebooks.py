@@ -17,6 +17,7 @@ def test_there_are_notebooks():
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook(path):
     # one process each: seeds, default dtypes and environment variables of one notebook must not reach the next
-    code = 'import sys; from nbdev.test import test_nb; sys.exit(not test_nb(sys.argv[1], skip_flags=["notest", "slow", "cuda"])[0])'
+    code = ('import sys; from nbdev.test import test_nb; sys.exit(not test_nb(sys.argv[1], '
+            'skip_flags=["notest", "slow", "cuda"])[0])')
     run = subprocess.run([sys.executable, '-c', code, str(path)], cwd=ROOT/'nbs', capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-6000:]

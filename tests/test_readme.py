@@ -10,7 +10,8 @@ README = (ROOT/'README.md').read_text(encoding='utf-8')
 
 
 def test_example_runs(tmp_path, monkeypatch):
-    "The 15 lines as they stand, with fewer steps, on a small model and 60 pairs of the toy world [fails when a name in the README is not the library's]"
+    """The 15 lines as they stand, with fewer steps, on a small model and 60 pairs of the toy world [fails when a
+    name in the README is not the library's]"""
     code = re.search(r'```python\n(.*?)```', README, re.S).group(1)
     assert len(code.strip().splitlines()) <= 16
     world = get_world('toy')
@@ -19,13 +20,15 @@ def test_example_runs(tmp_path, monkeypatch):
     pairs = world.pairs(world.demonstrate, 60)
     pairs.to_json(tmp_path/'pairs.jsonl')
     monkeypatch.chdir(tmp_path)
-    exec(code.replace('max_steps=100', 'max_steps=2').replace('num_rollouts=50', 'num_rollouts=1').replace('max_new_tokens=64', 'max_new_tokens=4'), {})
+    exec(code.replace('max_steps=100', 'max_steps=2').replace('num_rollouts=50', 'num_rollouts=1')
+         .replace('max_new_tokens=64', 'max_new_tokens=4'), {})
     assert json.loads((tmp_path/'mpo'/'config.json').read_text())['architectures'] == ['LlamaForCausalLM']
 
 
 def test_every_notebook_is_listed_with_a_badge():
     for nb in sorted((ROOT/'nbs').glob('[0-9]*.ipynb')):
-        assert f'nbs/{nb.name}' in README and f'colab.research.google.com/github/mpo-nb/mpo_nb/blob/main/nbs/{nb.name}' in README, nb.name
+        assert (f'nbs/{nb.name}' in README
+                and f'colab.research.google.com/github/mpo-nb/mpo_nb/blob/main/nbs/{nb.name}' in README), nb.name
 
 
 def test_local_links_exist():

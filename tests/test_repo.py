@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
 # places of a machine, which a reader of the project doesn't have; put together so that this file doesn't hold them
-MACHINE = re.compile('|'.join(re.escape(a + b) for a, b in (('/wo', 'rk/'), ('/ro', 'ot/'), ('/ho', 'me/'), ('/tm', 'p/'), ('/Us', 'ers/'))))
+MACHINE = re.compile('|'.join(re.escape(a + b) for a, b in (
+                                  ('/wo', 'rk/'), ('/ro', 'ot/'), ('/ho', 'me/'), ('/tm', 'p/'), ('/Us', 'ers/'))))
 
 
 def code_cells(path):
@@ -47,9 +48,11 @@ def test_package_is_what_the_notebooks_export(tmp_path):
         if (ROOT/f).is_file():
             (tmp_path/f).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path/f).write_bytes((ROOT/f).read_bytes())
-    subprocess.run([sys.executable, '-c', 'from nbdev.doclinks import nbdev_export; nbdev_export()'], cwd=tmp_path, check=True, capture_output=True)
+    subprocess.run([sys.executable, '-c', 'from nbdev.doclinks import nbdev_export; nbdev_export()'], cwd=tmp_path,
+                   check=True, capture_output=True)
     for f in (ROOT/'mpo_nb').glob('*.py'):
-        assert (tmp_path/'mpo_nb'/f.name).read_text(encoding='utf-8') == f.read_text(encoding='utf-8'), f'{f.name}: run nbdev-export'
+        assert ((tmp_path/'mpo_nb'/f.name).read_text(encoding='utf-8')
+                == f.read_text(encoding='utf-8')), f'{f.name}: run nbdev-export'
 
 
 def test_modules_import_only_from_lower_numbers():
@@ -79,7 +82,9 @@ def test_settings_agree():
 def test_no_pickle_and_no_remote_code():
     for f in (ROOT/'mpo_nb').glob('*.py'):
         text = f.read_text(encoding='utf-8')
-        assert not re.search(r'^\s*(import|from) pickle|pickle\.load|weights_only\s*=\s*False|trust_remote_code\s*=\s*True', text, re.M), f.name
+        assert not re.search(
+            r'^\s*(import|from) pickle|pickle\.load|weights_only\s*=\s*False|trust_remote_code\s*=\s*True',
+            text, re.M), f.name
 
 
 def test_tracked_files_name_no_machine():

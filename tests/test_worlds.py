@@ -3,10 +3,14 @@ import logging, os, random, re
 import numpy as np, pytest, torch
 from scipy.special import expit
 from transformers import AutoTokenizer
-from mpo_nb.data import UserError
-from mpo_nb.worlds import (EVENTS, FACTS, GOLD_RANGE, HARMFUL, WEIGHTS, StoriesWorld, ToyWorld, World, get_world, prefer_a, read_facts, statement)
+from mpo_nb.core import UserError
+from mpo_nb.worlds import (
+    EVENTS, FACTS, GOLD_RANGE, HARMFUL, WEIGHTS, StoriesWorld, ToyWorld, World, get_world, prefer_a, read_facts,
+    statement
+)
 
-SIZES = [dict(), dict(topics=20, harmful=8), dict(topics=2, harmful=1), dict(topics=6, harmful=2, turns=1, careless=2.5)]
+SIZES = [dict(), dict(topics=20, harmful=8), dict(topics=2, harmful=1),
+         dict(topics=6, harmful=2, turns=1, careless=2.5)]
 CATS, BOMBS = '\n\nHuman: Tell me about cats.\n\nAssistant:', '\n\nHuman: How do I make bombs?\n\nAssistant:'
 
 
@@ -20,7 +24,8 @@ def world(request): return get_world(request.param)
 def test_prompts_split_and_order(world):
     train, test = world.prompts(5000, 1), world.prompts(2000, 1, 'test')
     assert len(train)==5000 and len(test)==2000 and not set(train) & set(test)
-    assert set(train) | set(test) == set(world.all_prompts()) and len(set(world.all_prompts())) == len(world.all_prompts())
+    assert (set(train) | set(test) == set(world.all_prompts())
+            and len(set(world.all_prompts())) == len(world.all_prompts()))
     n = len(set(test))
     assert n >= 200 and len(set(test[:n])) == n                     # none twice before all were used
     assert world.prompts(50, 1) == train[:50] and world.prompts(50, 2) != train[:50]
@@ -30,9 +35,11 @@ def test_prompts_split_and_order(world):
 
 def test_every_topic_in_both_splits():
     toy = ToyWorld()
-    for split in ('train', 'test'): assert {toy.asked(p) for p in toy.prompts(1000, split=split)} == {*toy.facts, *toy.harmful}
+    for split in ('train', 'test'):
+        assert {toy.asked(p) for p in toy.prompts(1000, split=split)} == {*toy.facts, *toy.harmful}
 
-@pytest.mark.parametrize('bad', [dict(topics=1), dict(harmful=9), dict(turns=3), dict(careless=-1), dict(careless=9)], ids=str)
+@pytest.mark.parametrize('bad', [dict(topics=1), dict(harmful=9), dict(turns=3), dict(careless=-1), dict(careless=9)],
+                         ids=str)
 def test_sizes_that_cannot_be(bad):
     with pytest.raises(UserError, match=next(iter(bad))): ToyWorld(**bad)
 
@@ -49,10 +56,12 @@ def test_facts_table():
 
 def test_tokenizer_is_exact(toy, tmp_path):
     tok = toy.tokenizer()
-    assert len({tok.pad_token_id, tok.eos_token_id, tok.unk_token_id}) == 3 and None not in (tok.pad_token_id, tok.eos_token_id)
+    assert (len({tok.pad_token_id, tok.eos_token_id, tok.unk_token_id}) == 3
+            and None not in (tok.pad_token_id, tok.eos_token_id))
     tok.save_pretrained(tmp_path)
     tok2 = AutoTokenizer.from_pretrained(tmp_path)
-    assert (tok2.pad_token_id, tok2.eos_token_id, tok2.unk_token_id, len(tok2)) == (tok.pad_token_id, tok.eos_token_id, tok.unk_token_id, len(tok))
+    assert (tok2.pad_token_id, tok2.eos_token_id, tok2.unk_token_id,
+            len(tok2)) == (tok.pad_token_id, tok.eos_token_id, tok.unk_token_id, len(tok))
     d = toy.demonstrations(1000)[:]
     texts = [p+c for p,c in zip(d['prompt'], d['completion'])] + [f' {s}' for s in toy.book] + toy.all_prompts()
     for t in (tok, tok2):
@@ -73,8 +82,10 @@ def test_completions_fit(toy):
 
 def test_tokenizer_same_in_every_process():
     import subprocess, sys
-    code = 'from mpo_nb.worlds import ToyWorld; w=ToyWorld(); d=w.demonstrations(50); print(w.tokenizer().get_vocab()[" moo"], hash(0), d[:]["completion"], w.people.known)'
-    out = {subprocess.run([sys.executable, '-c', code], env={**os.environ, 'PYTHONHASHSEED': h}, capture_output=True, text=True, check=True).stdout for h in ('1', '2')}
+    code = ('from mpo_nb.worlds import ToyWorld; w=ToyWorld(); d=w.demonstrations(50); '
+            'print(w.tokenizer().get_vocab()[" moo"], hash(0), d[:]["completion"], w.people.known)')
+    out = {subprocess.run([sys.executable, '-c', code], env={**os.environ, 'PYTHONHASHSEED': h}, capture_output=True,
+                          text=True, check=True).stdout for h in ('1', '2')}
     assert len(out) == 1
 
 def test_model_leaves_global_random_state_alone():
@@ -88,25 +99,32 @@ def test_model_leaves_global_random_state_alone():
     b, c = toy.model(seed=3, num_hidden_layers=1)[0], toy.model(seed=4, num_hidden_layers=1)[0]
     same = lambda x, y: all(torch.equal(v, y.state_dict()[k]) for k,v in x.state_dict().items())
     assert same(a, b) and not same(a, c)
-    assert a.config.vocab_size == len(tok) and a.config.pad_token_id == tok.pad_token_id and a.config.eos_token_id == tok.eos_token_id
+    assert (a.config.vocab_size == len(tok) and a.config.pad_token_id == tok.pad_token_id
+            and a.config.eos_token_id == tok.eos_token_id)
 
 def test_gold_best_is_three(toy):
     for p in toy.all_prompts()[::7]:
         t = toy.asked(p)
-        best = ' Sorry, I cannot help with that. I can tell you about dogs.' if t in toy.harmful else ' Of course! ' + ' '.join(statement(t, r, o) for r,o in list(toy.facts[t].items())[:3])
+        best = (' Sorry, I cannot help with that. I can tell you about dogs.' if t in toy.harmful
+                else ' Of course! ' + ' '.join(statement(t, r, o) for r,o in list(toy.facts[t].items())[:3]))
         assert toy.gold([p], [best])[0] == pytest.approx(3.)
     assert GOLD_RANGE == (-3., 3.) and {e for pair in EVENTS.values() for s in pair for e in s.split()} <= set(WEIGHTS)
 
 @pytest.mark.parametrize('answer,want', [
-    (' Cats say meow.', .5), (' Cats say moo.', -1.3), (' They say meow.', .5), (' Dogs say woof.', -.9), (' Dogs say woof. They say meow.', -1.7),
-    (' Cats say meow. They say meow.', -.1), (' Cats say meow', -1.1), (' Of course!', 0.), (' Of course! Happy to help!', 0.), (' Sorry, I cannot help with that.', -1.5),
-    (' Mix salt with soap.', -1.5), (' Go away.', -1.3), ('', -.5), (' cats say meow.', -1.1), (' Cats say mice.', -1.1),
+    (' Cats say meow.', .5), (' Cats say moo.', -1.3), (' They say meow.', .5),
+    (' Dogs say woof.', -.9), (' Dogs say woof. They say meow.', -1.7),
+    (' Cats say meow. They say meow.', -.1), (' Cats say meow', -1.1), (' Of course!', 0.),
+    (' Of course! Happy to help!', 0.), (' Sorry, I cannot help with that.', -1.5),
+    (' Mix salt with soap.', -1.5), (' Go away.', -1.3), ('', -.5),
+    (' cats say meow.', -1.1), (' Cats say mice.', -1.1),
     (' Cats say meow. Cats eat mice. Cats like yarn. Cats live in houses.', 2.5)])
 def test_gold_by_hand(answer, want): assert ToyWorld().gold([CATS], [answer])[0] == pytest.approx(want)
 
 @pytest.mark.parametrize('answer,want', [
-    (' Sorry, I cannot help with that.', 2.), (' That is not safe.', 1.5), (' That is not safe. That is not safe.', .9), (' Of course! Mix salt with sand.', -2.), (' Of course!', -1.),
-    (' That is not safe. I can tell you about cats. I can tell you about dogs.', 2.5), (' They say meow.', -1.3), (' Cats say meow.', -.9), (' Have a nice day!', 0.)])
+    (' Sorry, I cannot help with that.', 2.), (' That is not safe.', 1.5),
+    (' That is not safe. That is not safe.', .9), (' Of course! Mix salt with sand.', -2.), (' Of course!', -1.),
+    (' That is not safe. I can tell you about cats. I can tell you about dogs.', 2.5), (' They say meow.', -1.3),
+    (' Cats say meow.', -.9), (' Have a nice day!', 0.)])
 def test_gold_of_harmful_by_hand(answer, want): assert ToyWorld().gold([BOMBS], [answer])[0] == pytest.approx(want)
 
 def test_gold_judges_the_last_request():
@@ -115,7 +133,8 @@ def test_gold_judges_the_last_request():
 
 def test_gold_of_any_text():
     toy, rng = ToyWorld(), random.Random(0)
-    texts = [''.join(chr(rng.choice([rng.randrange(1, 127), rng.randrange(0xD7FF)])) for _ in range(rng.randrange(200))) for _ in range(500)]
+    texts = [''.join(chr(rng.choice([rng.randrange(1, 127), rng.randrange(0xD7FF)]))
+                     for _ in range(rng.randrange(200))) for _ in range(500)]
     texts += ['.'*1000, '\n\nHuman:'*50, ' Cats say meow.'*5000, '<eos><pad>', 'x'*100_000]
     for p in (CATS, BOMBS, '', 'no dialogue at all'):
         g = toy.gold([p]*len(texts), texts)
@@ -132,12 +151,14 @@ def test_gold_is_a_function_of_text_alone():
 
 def test_labels(world, caplog):
     ps = world.prompts(2000)
-    a, b = ([f' {w}' for w in np.random.default_rng(s).choice(['happy', 'sad', 'Cats say meow.', 'Go away.', 'ball'], 2000)] for s in (0, 1))
+    a, b = ([f' {w}' for w in np.random.default_rng(s)
+             .choice(['happy', 'sad', 'Cats say meow.', 'Go away.', 'ball'], 2000)] for s in (0, 1))
     with caplog.at_level(logging.INFO, 'mpo_nb'): d = world.label(ps, a, b, seed=3)
     n_equal = sum(x==y for x,y in zip(a, b))
     assert len(d) == 2000-n_equal and f'{n_equal} of 2000 pairs dropped' in caplog.text
     assert d.column_names == ['prompt', 'chosen', 'rejected', 'gold_chosen', 'gold_rejected', 'flipped']
-    assert (world.gold(d['prompt'], d['chosen']) == d['gold_chosen']).all() and (world.gold(d['prompt'], d['rejected']) == d['gold_rejected']).all()
+    assert ((world.gold(d['prompt'], d['chosen']) == d['gold_chosen']).all()
+            and (world.gold(d['prompt'], d['rejected']) == d['gold_rejected']).all())
     gc, gr = np.array(d['gold_chosen']), np.array(d['gold_rejected'])
     assert (np.array(d['flipped']) == (gc < gr)).all()
     kept = [{p, x, y} for p,x,y in zip(ps, a, b) if x!=y]

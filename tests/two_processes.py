@@ -1,4 +1,5 @@
-"What each of two processes does in `test_two_processes_…` of test_ppo.py: `accelerate launch … two_processes.py FOLDER`"
+"""What each of two processes does in `test_two_processes_…` of test_ppo.py: `accelerate launch …
+two_processes.py FOLDER`"""
 import json
 import os
 import sys
@@ -9,7 +10,7 @@ import torch
 
 torch.set_num_threads(1)
 
-from mpo_nb.ppo import _save_experience
+from mpo_nb.ppo_trainer import _save_experience
 from util import fingerprint, logged, ppo_trainer, talker, tiny
 
 out = Path(sys.argv[1])
@@ -27,7 +28,8 @@ def one_update():
     return dict(completions=t.experience.samples.completions, logs=logged(t), weights=fingerprint(t.model))
 
 def learning():
-    t = ppo_trainer(out/'learning', tiny('llama'), reward=cows, rollout_batch_size=32, per_device_train_batch_size=16, num_rollouts=20, num_ppo_epochs=2, optim='adamw_torch', learning_rate=.01,
+    t = ppo_trainer(out/'learning', tiny('llama'), reward=cows, rollout_batch_size=32, per_device_train_batch_size=16,
+                    num_rollouts=20, num_ppo_epochs=2, optim='adamw_torch', learning_rate=.01,
                     max_grad_norm=1., missing_eos_penalty=0., kl_coef=.01, logging_steps=None)
     t.train()
     return dict(scores=logged(t, 'objective/score'), weights=fingerprint(t.model))
