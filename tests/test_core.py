@@ -1,4 +1,4 @@
-"Tools that everybody uses: files that only grow, printable texts, a light import"
+"Tools that everybody uses: files that only grow or are whole, printable texts, a light import"
 import json
 import multiprocessing
 import os
@@ -7,10 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from mpo_nb.core import UserError, append_jsonl, file_lock, printable, read_json, read_jsonl
+from mpo_nb.core import UserError, append_jsonl, file_lock, printable, read_json, read_jsonl, replacing
 
 ROWS = [dict(i=0, text='plain'), dict(i=1, text='Maß 🙂 \ud83d'), dict(i=2, text='a\r\n\u2028b')]
 
@@ -135,6 +136,55 @@ def test_a_lock_is_held_by_one(tmp_path):
         append_jsonl(path, ROWS, lock=False)
     append_jsonl(path, ROWS)
     assert read_jsonl(path) == ROWS*2
+
+
+# ---- files that are whole or not there
+
+@pytest.mark.parametrize('folder', [False, True])
+@pytest.mark.parametrize('exists', [False, True])
+@pytest.mark.parametrize('crash', [False, True])
+def test_replacing(tmp_path, folder, exists, crash):
+    def put(p, text):
+        if folder: p.mkdir(); p = p/'f'
+        p.write_text(text)
+    target = tmp_path/'a'/'out'
+    if exists: target.parent.mkdir(); put(target, 'old')
+    try:
+        with replacing(target) as new:
+            assert new.parent.parent==target.parent
+            put(new, 'new')
+            if crash: raise KeyboardInterrupt
+    except KeyboardInterrupt: pass
+    text = (target/'f' if folder else target).read_text() if target.exists() else None
+    assert text==(('old' if exists else None) if crash else 'new')
+    assert [p.name for p in target.parent.iterdir()]==(['out'] if target.exists() else [])
+
+
+def test_replacing_nothing_leaves_the_old(tmp_path):
+    (tmp_path/'d').mkdir(); (tmp_path/'d/f').write_text('old')
+    with pytest.raises(FileNotFoundError, match='nothing was written'):
+        with replacing(tmp_path/'d'): pass
+    assert (tmp_path/'d/f').read_text()=='old'
+
+
+def test_folder_is_put_back_when_the_rename_fails(tmp_path, monkeypatch):
+    (tmp_path/'d').mkdir(); (tmp_path/'d/f').write_text('old')
+    rename = Path.rename
+    def fails_for_the_new(self, target):
+        if self.name=='d' and Path(target)==tmp_path/'d': raise OSError('no')
+        return rename(self, target)
+    monkeypatch.setattr(Path, 'rename', fails_for_the_new)
+    with pytest.raises(OSError, match='no'):
+        with replacing(tmp_path/'d') as new: new.mkdir()
+    assert (tmp_path/'d/f').read_text()=='old' and [p.name for p in tmp_path.iterdir()]==['d']
+
+
+def test_killed_writer_leaves_the_old_file(tmp_path):
+    (tmp_path/'out').write_text('old')
+    code = (f"import os, signal\nfrom mpo_nb.core import replacing\nwith replacing({str(tmp_path/'out')!r}) as new:\n"
+            f"    new.write_text('ne'); os.kill(os.getpid(), signal.SIGKILL)")
+    assert subprocess.run([sys.executable, '-c', code]).returncode==-9
+    assert (tmp_path/'out').read_text()=='old'
 
 
 # ---- messages
