@@ -32,7 +32,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from .core import log, replacing, UserError
-from .data import read_rows
+from .sources import read_rows
 from .sampling import Samples
 from mpo_nb.evaluate import (
     add_scores, check_prompts, distinct_n, mean_ci, new_axes, paired, policy_rows, refuse_ids, rouge

@@ -6,11 +6,12 @@ from pathlib import Path
 import datasets, pandas as pd, pytest
 from datasets import Dataset, load_dataset
 
-from mpo_nb.core import UserError, replacing
+from mpo_nb.core import UserError
 from mpo_nb.data import (
-    TURN, comparison_pair, data_path, hh_pair, load_preferences, problem, read_source, save_preferences,
-    split_by_prompt, split_dialogue, tldr_pair
+    TURN, comparison_pair, hh_pair, load_preferences, problem, save_preferences, split_by_prompt, split_dialogue,
+    tldr_pair
 )
+from mpo_nb.sources import data_path, read_source
 
 ROOT = Path(__file__).resolve().parent.parent
 GOOD = dict(prompt='2+2?', chosen=' 4', rejected=' 5')
@@ -79,6 +80,20 @@ def test_damaged_files(tmp_path):
     (tmp_path/'latin.jsonl').write_bytes(b'{"prompt": "caf\xe9"}')
     (tmp_path/'no.parquet').write_text('not parquet')
     for f in sorted(tmp_path.iterdir()): fails(f, f.name, 'cannot be read')
+
+def test_json_that_no_parser_takes(tmp_path):
+    "Nested too deeply, and a number of 5,000 digits: one sentence, not a traceback"
+    for i,value in enumerate(['['*100_000, '9'*5000]):
+        for name in (f'{i}.jsonl', f'{i}.json'):
+            (tmp_path/name).write_text('{"prompt": ' + value)
+            fails(tmp_path/name, name, 'not valid JSON')
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='needs named pipes')
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path/'a.jsonl')
+    fails(tmp_path/'a.jsonl', 'neither a file nor a folder')
+
+def test_a_name_that_no_file_can_have(tmp_path): fails(tmp_path/('x'*300 + '.jsonl'), 'does not exist')
 
 def test_ragged_csv(tmp_path):
     (tmp_path/'a.csv').write_text('prompt,chosen,rejected\na,b,c\na,b,c,d\n')
@@ -401,51 +416,8 @@ def test_split_is_the_same_in_another_process():
 def test_split_errors(kw, word):
     with pytest.raises(UserError, match=word): split_by_prompt(many(), **kw)
 
-# --- replacing
-# ---------------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize('folder', [False, True])
-@pytest.mark.parametrize('exists', [False, True])
-@pytest.mark.parametrize('crash', [False, True])
-def test_replacing(tmp_path, folder, exists, crash):
-    def put(p, text):
-        if folder: p.mkdir(); p = p/'f'
-        p.write_text(text)
-    target = tmp_path/'a'/'out'
-    if exists: target.parent.mkdir(); put(target, 'old')
-    try:
-        with replacing(target) as new:
-            assert new.parent.parent==target.parent
-            put(new, 'new')
-            if crash: raise KeyboardInterrupt
-    except KeyboardInterrupt: pass
-    text = (target/'f' if folder else target).read_text() if target.exists() else None
-    assert text==(('old' if exists else None) if crash else 'new')
-    assert [p.name for p in target.parent.iterdir()]==(['out'] if target.exists() else [])
-
-def test_replacing_nothing_leaves_the_old(tmp_path):
-    (tmp_path/'d').mkdir(); (tmp_path/'d/f').write_text('old')
-    with pytest.raises(FileNotFoundError, match='nothing was written'):
-        with replacing(tmp_path/'d'): pass
-    assert (tmp_path/'d/f').read_text()=='old'
-
-def test_folder_is_put_back_when_the_rename_fails(tmp_path, monkeypatch):
-    (tmp_path/'d').mkdir(); (tmp_path/'d/f').write_text('old')
-    rename = Path.rename
-    def fails_for_the_new(self, target):
-        if self.name=='d' and Path(target)==tmp_path/'d': raise OSError('no')
-        return rename(self, target)
-    monkeypatch.setattr(Path, 'rename', fails_for_the_new)
-    with pytest.raises(OSError, match='no'):
-        with replacing(tmp_path/'d') as new: new.mkdir()
-    assert (tmp_path/'d/f').read_text()=='old' and [p.name for p in tmp_path.iterdir()]==['d']
-
-def test_killed_writer_leaves_the_old_file(tmp_path):
-    (tmp_path/'out').write_text('old')
-    code = (f"import os, signal\nfrom mpo_nb.core import replacing\nwith replacing({str(tmp_path/'out')!r}) as new:\n"
-            f"    new.write_text('ne'); os.kill(os.getpid(), signal.SIGKILL)")
-    assert subprocess.run([sys.executable, '-c', code]).returncode==-9
-    assert (tmp_path/'out').read_text()=='old'
+# --- saving
+# ----------------------------------------------------------------------------------------------------------------------
 
 def test_failed_save_overwrites_nothing(tmp_path, monkeypatch):
     def full_disk(df, path, **kw):
@@ -502,10 +474,11 @@ def test_real_tldr(monkeypatch):
     parts = split_by_prompt(ds, test=.1, valid=.1)
     assert sum(len(set(p['prompt'])) for p in parts.values())==1323 and .05<len(set(parts['test']['prompt']))/1323<.15
 
-def test_notebook_runs_without_the_real_data(tmp_path):
+@pytest.mark.parametrize('name', ['01a_sources', '02_data'])
+def test_notebook_runs_without_the_real_data(name, tmp_path):
     "A user's clone has no shared/data: the cells that need it show nothing, and the notebook passes"
     code = (f"from nbdev.test import test_nb as run; ok, "
-            f"seconds = run({str(ROOT/'nbs'/'01_data.ipynb')!r}); raise SystemExit(not ok)")
+            f"seconds = run({str(ROOT/'nbs'/f'{name}.ipynb')!r}); raise SystemExit(not ok)")
     p = subprocess.run([sys.executable, '-c', code], env={**os.environ, 'MPO_NB_DATA':str(tmp_path/'none')}, cwd=ROOT,
                        capture_output=True, text=True)
     assert p.returncode==0, p.stdout[-2000:]+p.stderr[-2000:]
