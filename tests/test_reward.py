@@ -1,4 +1,4 @@
-"""04_reward: one score per text whatever surrounds it; training that resumes, stops at NaN and leaves the random
+"""08_reward: one score per text whatever surrounds it; training that resumes, stops at NaN and leaves the random
 state alone."""
 import copy
 import json
@@ -17,7 +17,7 @@ import mpo_nb.reward as R
 from mpo_nb.core import UserError
 from mpo_nb.logprobs import encode_completion, encode_completions, encode_prompt, encode_prompts
 from mpo_nb.sampling import sample
-from mpo_nb.training import StopOnNaN, tokenize_demonstrations, train_sft, trainer_defaults
+from mpo_nb.training import tokenize_demonstrations, train_sft
 from mpo_nb.reward import (
     RewardModel, bradley_terry_loss, last_token_scores, reward_model_from, score_ids, tokenize_pairs,
     train_reward
@@ -425,28 +425,6 @@ def test_too_long_rows_are_set_aside_and_counted(caplog):
     with pytest.raises(UserError, match='none of 8 rows'): train_sft(tiny(), toy_tokenizer(), demos(), max_length=3)
 
 
-@pytest.mark.parametrize('kind', ['gpt2', 'llama'])
-def test_sft_loss_is_the_mean_over_completion_tokens(kind):
-    from util import row_logps
-    model, tok, ds = tiny(kind), toy_tokenizer(), demos(4)
-    with torch.no_grad():
-        logps = torch.cat([row_logps(model, encode_prompt(tok, r['prompt']),
-                                     encode_completion(tok, r['prompt'], r['completion'])) for r in ds])
-    _, history = train_sft(model, tok, ds, max_steps=1, logging_steps=1, per_device_train_batch_size=4)
-    assert history[0]['loss'] == pytest.approx(-logps.mean().item(), abs=1e-3)
-
-
-def test_sft_leaves_a_model_whose_copy_is_its_own():
-    "TRL binds a new forward to the model; a deepcopy would go on running the original's weights"
-    model, _ = train_sft(tiny(), toy_tokenizer(), demos(), max_steps=1)
-    twin, ids = copy.deepcopy(model), torch.arange(3, 9)[None]
-    with torch.no_grad():
-        before = twin(ids).logits
-        for p in model.parameters(): p.zero_()
-        assert torch.equal(twin(ids).logits, before) and before.abs().max() > 0
-    assert 'forward' not in vars(model) and not model.training
-
-
 def test_item56_loss_is_that_of_the_last_tokens_and_partners_do_not_matter():
     """TRL's loss and our equation on the same batch; a longer partner changes no score [fails when the loss is
     summed over pairs]"""
@@ -518,24 +496,6 @@ def test_nan_stops_with_stage_and_step_and_keeps_good_checkpoints(tmp_path):
         train_sft(tiny(), toy_tokenizer(), demos(), output_dir=tmp_path/'ck', max_steps=6, logging_steps=100,
                   save_strategy='steps', save_steps=2, callbacks=[Break()], **FAST)
     assert [p.name for p in (tmp_path/'ck').glob('checkpoint-*')] == ['checkpoint-2']
-
-
-def test_stop_on_nan_looks_at_losses_and_rewards_only():
-    from transformers import TrainerState
-    callback, state = StopOnNaN('ppo'), TrainerState(global_step=7)
-    callback.on_log(None, state, None, logs={'loss': 1., 'val/explained_variance': math.nan, 'grad_norm': math.inf,
-                                             'learning_rate': 1e-3})
-    for key in ('loss/value', 'objective/score', 'rewards/chosen', 'eval_loss'):
-        with pytest.raises(UserError, match=f'ppo: {key} is nan at step 7'):
-            callback.on_log(None, state, None, logs={key: math.nan})
-
-
-def test_trainer_defaults_can_be_overridden():
-    assert trainer_defaults(logging_steps=3)['logging_steps'] == 3
-    assert trainer_defaults(gradient_checkpointing=True)['activation_checkpointing'] is True
-    from trl import RewardConfig
-    args = RewardConfig(output_dir='x', **trainer_defaults(gradient_checkpointing=True))
-    assert args.activation_checkpointing and args.gradient_checkpointing
 
 
 # ---- the toy setup
