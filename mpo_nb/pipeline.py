@@ -8,7 +8,7 @@ __all__ = ['METHODS', 'POLICY_SEEDS', 'FIRST', 'set_of', 'start_and_reference', 
            'policy_stage', 'eval_prompts', 'sample_policies', 'win_rows', 'ask_judge', 'stage_eval', 'stage_report',
            'stages', 'with_only', 'run']
 
-# %% ../nbs/28_pipeline.ipynb #be09d006
+# %% ../nbs/28_pipeline.ipynb #e87f067d
 import re, shutil, zlib
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -23,8 +23,8 @@ from .report import report
 from .runs import Stage, Work, last_checkpoint, run_table, watch
 from mpo_nb.prepare import (
     JUDGE_SEED, LENGTHS, SFT_SEED, arguments, as_demonstrations, base_model, fit_sft, last_logged, lengths, load_policy,
-    pairs_of, save_policy, source_stamp, stage_data, stage_gaps, stage_judge, stage_pairs, stage_reward, stage_sft, the_judge,
-    trains_judge
+    pairs_of, save_policy, source_stamp, stage_data, stage_gaps, stage_judge, stage_pairs, stage_reward, stage_sft,
+    the_judge, trains_judge
 )
 
 # %% ../nbs/28_pipeline.ipynb #b9013e49
@@ -127,14 +127,15 @@ def set_definitions(
     for other in refers: found |= set_definitions(sets, other) if other != name else {}
     return found
 
-# %% ../nbs/28_pipeline.ipynb #34e484ec
+# %% ../nbs/28_pipeline.ipynb #64c8d235
 def policy_stage(r: Recipe, p: Policy) -> Stage:
     "The stage that trains a policy"
     method = METHODS[p.method]
     pairs = ('pairs', 'data') if p.data == 'all' else ('gaps',)
     row = {k: v for k, v in asdict(p).items() if k != 'name'} | dict(sets=set_definitions(r.gap.sets, p.data))
     return Stage(p.name, partial(method.train, p=p), policy_seed(p.name), keys=('world', 'model', *LENGTHS),
-                 own=lambda r: row, reads=tuple(dict.fromkeys((p.start, p.reference, *pairs, *method.reads))), parallel=True)
+                 own=lambda r: row, parallel=True,
+                 reads=tuple(dict.fromkeys((p.start, p.reference, *pairs, *method.reads))))
 
 # %% ../nbs/28_pipeline.ipynb #4ce7fd06
 def eval_prompts(work: Work) -> list:

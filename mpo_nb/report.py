@@ -88,12 +88,12 @@ def describe(
     held = f', KL to {reference}' if row['method'] == 'ppo' or reference != start else ''
     return f'{row["method"].upper()} from {start} on {on}{held}'
 
-# %% ../nbs/25_report.ipynb #f8f8a9be
+# %% ../nbs/25_report.ipynb #883370e4
 TEXT = dict(
     gaps='How many training pairs have which gap r(chosen) - r(rejected) between the two rewards, '
          'and in which set they are.',
-    gold='The share of labels that agree with the gold reward, for pairs of small to large gap. Where the gap is small, '
-         'many labels are wrong: that is why those pairs are kept out of DPO.',
+    gold='The share of labels that agree with the gold reward, for pairs of small to large gap. Where the gap is '
+         'small, many labels are wrong: that is why those pairs are kept out of DPO.',
     judge='The share of labels that agree with the judge (another reward model, trained on other prompts), for pairs '
           'of small to large gap. The judge is no oracle: near 0.5 it only guesses.',
     sft='Supervised fine-tuning: the loss on the answers that are learned.',
@@ -113,14 +113,15 @@ def eighths(
     "Edges that cut `x` into eight bins of equal size"
     return [-np.inf, *np.unique(np.quantile(x, np.linspace(0, 1, 9)[1:]))]
 
-# %% ../nbs/25_report.ipynb #331335ff
+# %% ../nbs/25_report.ipynb #e3f86b69
 def gap_plots(run: Path) -> list: # {title, text, images}
     "How large the gaps are, and whether labels with a large gap are right"
     from mpo_nb.gap import plot_accuracy_by_gap, plot_gaps
     gaps = read_parquet(Path(run)/'gaps.parquet')
     second = 'gold' if 'gold_chosen' in gaps.column_names else 'judge'
     accuracy = drawn(lambda ax: plot_accuracy_by_gap(gaps, eighths(gaps['gap']), ax=ax))
-    return [dict(title='Reward gaps and the sets', text=TEXT['gaps'], images=[drawn(lambda ax: plot_gaps(gaps, ax=ax))]),
+    sizes = drawn(lambda ax: plot_gaps(gaps, ax=ax))
+    return [dict(title='Reward gaps and the sets', text=TEXT['gaps'], images=[sizes]),
             dict(title='Are labels with a large gap right?', text=TEXT[second], images=[accuracy])]
 
 # %% ../nbs/25_report.ipynb #c644e06f
@@ -137,12 +138,12 @@ def curve_plots(
         if images: out.append(dict(title=method.upper(), text=f'{words} {TEXT[method]}', images=images))
     return out
 
-# %% ../nbs/25_report.ipynb #9bdb3d37
+# %% ../nbs/25_report.ipynb #d025360d
 def result_plots(run: Path) -> list: # {title, text, images}
     "Score against KL, and who beats whom"
     import pandas as pd
     from mpo_nb.frontier import plot_frontier
-    from mpo_nb.compare import plot_win_rates
+    from mpo_nb.results import plot_win_rates
     df, e = pd.read_parquet(Path(run)/'completions.parquet'), read_json(Path(run)/'evaluation.json')
     wins = drawn(lambda ax: plot_win_rates(e['win_rates'], ax=ax), (5.5, 4))
     return [dict(title='Score against KL', text=TEXT['kl'], images=[drawn(lambda ax: plot_frontier(df, ax=ax))]),
@@ -158,12 +159,12 @@ def sample_cards(
     return [dict(prompt=g.prompt.iloc[0].strip(), answers=[answer(a) for a in g.itertuples()])
             for _, g in list(df.groupby('prompt_id', sort=True))[:n]]
 
-# %% ../nbs/25_report.ipynb #1d8c6a78
+# %% ../nbs/25_report.ipynb #3a772575
 def pair_table(
     df,        # completions.parquet
     e: dict,   # evaluation.json
-) -> tuple:    # Rows {a, b, wins, …, p_holm, controlled, controlled_ci}; Bradley-Terry strengths {policy: {strength, se}}
-    "Every pair of policies: the win rate of `e`, Holm's p value and the rate at equal length; one order of all policies"
+) -> tuple:    # Rows {a, b, wins, …, p_holm, controlled, controlled_ci}; Bradley-Terry {policy: {strength, se}}
+    "Every pair of policies: the win rate of `e`, Holm's p value, the rate at equal length; and one order of them all"
     from mpo_nb.compare import compare_scores, pair_rows
     from mpo_nb.results import length_check
     c = compare_scores(df)
@@ -184,7 +185,7 @@ def run_files(run: Path) -> dict:
     text = (run/'recipe.yaml').read_text(encoding='utf-8')
     return dict(recipe=yaml.safe_load(text), recipe_yaml=text, environment=read_json(run/'environment.json'))
 
-# %% ../nbs/25_report.ipynb #a475f6f9
+# %% ../nbs/25_report.ipynb #7961f03e
 def report(
     run: Path,  # A finished run folder
 ) -> str:       # HTML
@@ -199,7 +200,8 @@ def report(
         **files, e=e, plots=gap_plots(run) + curve_plots(run, policies) + result_plots(run),
         words={n: describe(row) for n, row in policies.items()},
         cards=sample_cards(df, files['recipe']['eval']['samples']), data=read_json(run/'data'/'stage.json')['metrics'],
-        wins={w['a']: w for w in e['win_rates'] if w['b'] == 'sft'}, pairs=pairs, strengths=strengths, sampling=df.attrs)
+        wins={w['a']: w for w in e['win_rates'] if w['b'] == 'sft'}, pairs=pairs, strengths=strengths,
+        sampling=df.attrs)
 
 # %% ../nbs/25_report.ipynb #87b500f8
 def final_table(

@@ -61,14 +61,15 @@ def plain_label(a):
     "A value of the column without what a file format adds: NaN for nothing, blanks, capitals"
     return None if a != a else a.strip().lower() if isinstance(a, str) else a
 
-# %% ../nbs/29_scoring.ipynb #daea5b22
+# %% ../nbs/29_scoring.ipynb #6b4907c3
 def second_labels(
     ds,                   # Pairs
     column: str,          # Name of the column
 ) -> list:                # [N] True, False, or None where there is no second label
     "Does a second label agree with the first? `UserError` names the first value that says neither"
     if column not in ds.column_names:
-        raise UserError(f'gap.second_label: the pairs have no column {column!r}; they have {", ".join(ds.column_names)}')
+        there = ', '.join(ds.column_names)
+        raise UserError(f'gap.second_label: the pairs have no column {column!r}; they have {there}')
     values = [plain_label(a) for a in ds[column][:]]
     bad = next((i for i, a in enumerate(values) if isinstance(a, (list, dict)) or a not in AGREES), None)
     if bad is not None:
@@ -76,7 +77,8 @@ def second_labels(
                         f'{ds["row"][bad]}): give true where the second label agrees with the first, false where it '
                         'does not, nothing where there is none')
     if all(AGREES[a] is None for a in values):
-        raise UserError(f'gap.second_label: column {column!r} holds no label: fill some of its places, or leave the key out')
+        raise UserError(f'gap.second_label: column {column!r} holds no label: '
+                        'fill some of its places, or leave the key out')
     return [AGREES[a] for a in values]
 
 # %% ../nbs/29_scoring.ipynb #1e05e2e8

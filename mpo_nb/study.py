@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['STUDY_KEYS', 'Study', 'grid', 'all_variants', 'check_study', 'load_study', 'cell_folder', 'cell_recipe', 'one_nested',
            'study_cells', 'parse_seeds', 'link_tree', 'Shelf', 'Store', 'end_with_parent', 'start_worker', 'run_cell',
-           'run_cells', 'run_rows', 'lineage', 'study_table', 'paired_row', 'pairs_to_compare', 'compare_policies',
-           'compare_variants', 'with_holm', 'runs_table', 'compare_runs', 'mean_interval', 'plot_study', 'notes',
-           'study_page', 'plan', 'describe_plan', 'write_study', 'check_study_folder', 'run_study']
+           'in_processes', 'run_cells', 'run_rows', 'lineage', 'study_table', 'paired_row', 'pairs_to_compare',
+           'compare_policies', 'compare_variants', 'with_holm', 'runs_table', 'compare_runs', 'mean_interval',
+           'plot_study', 'notes', 'study_page', 'plan', 'describe_plan', 'write_study', 'check_study_folder',
+           'run_study']
 
 # %% ../nbs/30_study.ipynb #886ae70a
 import itertools, json, multiprocessing, os, re, shutil, sys, threading, time
@@ -66,7 +67,7 @@ def all_variants(
     join = lambda a, b: ' '.join(x for x in (a, b and f'({b})' if a else b) if x) or 'shipped'
     return {join(a, b): va | vb for (a, va), (b, vb) in itertools.product(cells.items(), points.items())}
 
-# %% ../nbs/30_study.ipynb #68ffc504
+# %% ../nbs/30_study.ipynb #3e280e08
 def check_study(values: dict, where: str):
     "`UserError` for sections of a study that aren't what they should be"
     for k, kind in dict(variants=dict, factors=dict, compare=list, tuned_on=list).items():
@@ -76,7 +77,8 @@ def check_study(values: dict, where: str):
     for k, v in (values.get('variants') or {}).items():
         if not isinstance(v, (dict, type(None))): raise UserError(f'{where}: `variants.{k}` should be {{key: value}}')
     for pair in values.get('compare') or []:
-        if not isinstance(pair, list) or len(pair) != 2: raise UserError(f'{where}: `compare` holds pairs [A, B], not {pair}')
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise UserError(f'{where}: `compare` holds pairs [A, B], not {pair}')
 
 # %% ../nbs/30_study.ipynb #5d9d01df
 def load_study(
@@ -121,13 +123,14 @@ def study_cells(study: Study, seeds: list) -> list: # [(variant, seed)]
     "All cells, variant by variant: cells that run at the same time then differ in the seed, and wait for nothing"
     return [(v, s) for v in study.variants for s in seeds]
 
-# %% ../nbs/30_study.ipynb #ba1dd010
+# %% ../nbs/30_study.ipynb #8194c6ce
 def parse_seeds(text: str) -> list:
     "`10-19,30` as a list; `UserError` for anything else"
     out = []
     for part in str(text).split(','):
         m = re.fullmatch(r'\s*(\d+)(?:-(\d+))?\s*', part)
-        if not m or int(m[2] or m[1]) < int(m[1]): raise UserError(f'`--seeds {text}`: give seeds such as 10-19 or 1,2,5')
+        if not m or int(m[2] or m[1]) < int(m[1]):
+            raise UserError(f'`--seeds {text}`: give seeds such as 10-19 or 1,2,5')
         out += range(int(m[1]), int(m[2] or m[1]) + 1)
     if len(set(out)) < len(out): raise UserError(f'`--seeds {text}`: each seed once')
     return out
@@ -181,12 +184,12 @@ def end_with_parent():
         os._exit(1)
     threading.Thread(target=look, daemon=True).start()
 
-# %% ../nbs/30_study.ipynb #76943218
-def start_worker(threads: int):
-    "Set up a process that runs cells"
+# %% ../nbs/30_study.ipynb #e535fa44
+def start_worker():
+    "Set up a process that runs cells beside others: one thread, and an end when its parent ends"
     import torch
     end_with_parent()
-    if threads: torch.set_num_threads(threads)
+    torch.set_num_threads(1)
 
 # %% ../nbs/30_study.ipynb #2785bb3b
 def run_cell(study: Study, variant: str, seed: int, folder: Path) -> str: # '' or what went wrong
@@ -196,7 +199,15 @@ def run_cell(study: Study, variant: str, seed: int, folder: Path) -> str: # '' o
     except Exception as e: return f'{type(e).__name__}: {str(e)[:300]}'
     return ''
 
-# %% ../nbs/30_study.ipynb #34c27aa2
+# %% ../nbs/30_study.ipynb #5ba35b07
+def in_processes(study: Study, cells: list, folder: Path, jobs: int):
+    "Run cells in `jobs` processes: (variant, seed, error) as each ends"
+    context = multiprocessing.get_context('spawn')
+    with ProcessPoolExecutor(jobs, context, start_worker) as pool:
+        work = {pool.submit(run_cell, study, v, s, folder): (v, s) for v, s in cells}
+        for done in as_completed(work): yield *work[done], done.result()
+
+# %% ../nbs/30_study.ipynb #a81a82b5
 def run_cells(
     study: Study,
     seeds: list,
@@ -206,13 +217,11 @@ def run_cells(
 ) -> dict:           # (variant, seed) -> what went wrong, for cells that failed
     "Run all cells"
     cells, failed = study_cells(study, seeds), {}
-    context, threads = multiprocessing.get_context('spawn'), 1 if jobs > 1 else 0
-    with ProcessPoolExecutor(jobs, context, start_worker, (threads,)) as pool:
-        work = {pool.submit(run_cell, study, v, s, folder): (v, s) for v, s in cells}
-        for n, done in enumerate(as_completed(work), 1):
-            (variant, seed), error = work[done], done.result()
-            if error: failed[variant, seed] = error
-            say(f'[{n}/{len(cells)}] {variant}, seed {seed}: {error or "done"}')
+    one_by_one = ((v, s, run_cell(study, v, s, folder)) for v, s in cells)
+    ended = one_by_one if jobs == 1 else in_processes(study, cells, folder, jobs)
+    for n, (variant, seed, error) in enumerate(ended, 1):
+        if error: failed[variant, seed] = error
+        say(f'[{n}/{len(cells)}] {variant}, seed {seed}: {error or "done"}')
     return failed
 
 # %% ../nbs/30_study.ipynb #ab07af65
@@ -259,14 +268,15 @@ def pairs_to_compare(study: Study, policies: list) -> list: # [(A, B)]
     first = 'mpo' if 'mpo' in policies else policies[-1]
     return [(first, p) for p in policies if p != first]
 
-# %% ../nbs/30_study.ipynb #d50592b6
+# %% ../nbs/30_study.ipynb #8a457a65
 def compare_policies(study: Study, df): # study_table
     "Differences of policies inside each variant; one family for Holm"
     rows = []
     for variant, part in df.groupby('variant', sort=False):
         scores = part.pivot(index='seed', columns='policy', values='score')
         for a, b in pairs_to_compare(study, [*part.policy.unique()]):
-            if a in scores and b in scores: rows.append(dict(variant=variant, a=a, b=b) | paired_row(scores[a], scores[b]))
+            if a not in scores or b not in scores: continue
+            rows.append(dict(variant=variant, a=a, b=b) | paired_row(scores[a], scores[b]))
     return with_holm(rows)
 
 # %% ../nbs/30_study.ipynb #aa84c0bd
@@ -289,13 +299,14 @@ def with_holm(rows: list):
         df.loc[known, 'p_holm'] = multipletests(df.p[known], method='holm')[1]
     return df
 
-# %% ../nbs/30_study.ipynb #f37092b3
+# %% ../nbs/30_study.ipynb #8249cfa0
 def runs_table(folders: list):
     "What `study_table` gives, of finished runs of one recipe with different seeds"
     import pandas as pd
     rows, first, study = [], None, Study('runs', {}, {})
     for f in map(Path, folders):
-        if not (f/'evaluation.json').is_file(): raise UserError(f'{f} holds no evaluation.json: give folders of finished runs')
+        if not (f/'evaluation.json').is_file():
+            raise UserError(f'{f} holds no evaluation.json: give folders of finished runs')
         recipe = yaml.safe_load((f/'recipe.yaml').read_text(encoding='utf-8'))
         first = first or recipe
         if keys := [k for k in differing_keys(first, recipe) if k != 'seed']:
@@ -304,7 +315,8 @@ def runs_table(folders: list):
         if recipe['seed'] in {row['seed'] for row in rows}:
             raise UserError(f'{f}: seed {recipe["seed"]} is there already: give each seed once')
         rows += run_rows(study, 'runs', recipe['seed'], f)
-    if len({row['seed'] for row in rows}) < 2: raise UserError('an interval over seeds needs at least two runs: give more folders')
+    if len({row['seed'] for row in rows}) < 2:
+        raise UserError('an interval over seeds needs at least two runs: give more folders')
     return pd.DataFrame(rows)
 
 # %% ../nbs/30_study.ipynb #a399d05c
@@ -348,7 +360,7 @@ def plot_study(df, ax, x=None): # x: column of the horizontal axis; None: the va
     ax.set(ylabel='score', xlabel=labels.get(x, ''))
     ax.legend(fontsize=7)
 
-# %% ../nbs/30_study.ipynb #3558b3e6
+# %% ../nbs/30_study.ipynb #91ad885f
 def notes(study: Study, seeds: list, df, failed: dict) -> list:
     "What a reader must know before the numbers"
     done = set(zip(df.variant, df.seed)) if len(df) else set()
@@ -357,16 +369,17 @@ def notes(study: Study, seeds: list, df, failed: dict) -> list:
     if tuned := sorted(set(seeds) & set(study.tuned_on)):
         out.append(f'Seeds {tuned} are seeds that the settings were tuned on: their scores flatter the tuned ones.')
     counts = df.groupby('variant').seed.nunique() if len(df) else []
-    if len(set(counts)) > 1: out.append('Variants have unequal numbers of seeds; differences use the seeds that both have.')
+    if len(set(counts)) > 1:
+        out.append('Variants have unequal numbers of seeds; differences use the seeds that both have.')
     return out
 
-# %% ../nbs/30_study.ipynb #07060516
+# %% ../nbs/30_study.ipynb #e8b78f59
 def study_page(study: Study, seeds: list, folder: Path, df, failed: dict) -> str: # HTML
     "One self-contained page: scores, differences, curves, and where the cells are"
     from mpo_nb.results import page_template
     means = df.groupby(['variant', 'policy'], sort=False).agg(
-        seeds=('seed', 'nunique'), score=('score', 'mean'), sd=('score', 'std'), worst=('score', 'min'), kl=('kl', 'mean'),
-        length=('length', 'mean'), win_rate=('win_rate', 'mean'), seconds=('seconds', 'mean')).reset_index()
+        seeds=('seed', 'nunique'), score=('score', 'mean'), sd=('score', 'std'), worst=('score', 'min'),
+        kl=('kl', 'mean'), length=('length', 'mean'), win_rate=('win_rate', 'mean'), seconds=('seconds', 'mean')).reset_index()
     size = (max(4.5, 1.2 + 1.1*df.variant.nunique()), 3.4)
     images = [drawn(lambda ax: plot_study(df, ax), size), drawn(lambda ax: plot_study(df, ax, 'kl')),
               drawn(lambda ax: plot_study(df, ax, 'seconds'))]
@@ -378,7 +391,7 @@ def study_page(study: Study, seeds: list, folder: Path, df, failed: dict) -> str
         policies=compare_policies(study, df).to_dict('records'),
         variants=[] if by_variant is None else by_variant.to_dict('records'), cells=cells)
 
-# %% ../nbs/30_study.ipynb #c6dfe20d
+# %% ../nbs/30_study.ipynb #3b684902
 def plan(study: Study, seeds: list, folder: Path) -> dict:
     "Cells, stages in all, stages to compute, seconds of them (None where no cell has told)"
     seen, todo, times, total = set(), [], {}, 0
@@ -394,7 +407,8 @@ def plan(study: Study, seeds: list, folder: Path) -> dict:
             if not finished(r, Path(r.output_dir), stage, table): todo.append(name)
     known = {n: float(np.mean(t)) for n, t in times.items()}
     seconds = sum(known[n] for n in todo) if todo and all(n in known for n in todo) else None if todo else 0.
-    return dict(cells=len(study_cells(study, seeds)), stages=total, shared=total - len(seen), todo=len(todo), seconds=seconds)
+    return dict(cells=len(study_cells(study, seeds)), stages=total, shared=total - len(seen), todo=len(todo),
+                seconds=seconds)
 
 # %% ../nbs/30_study.ipynb #280c5ba1
 def describe_plan(study: Study, seeds: list, folder: Path, jobs: int) -> str:
@@ -405,11 +419,12 @@ def describe_plan(study: Study, seeds: list, folder: Path, jobs: int) -> str:
     return '\n'.join([*lines, f"{p['cells']} cells, {p['stages']} stages: {p['shared']} shared with another cell, "
                               f"{p['todo']} to compute; time: {left} with {jobs} at a time"])
 
-# %% ../nbs/30_study.ipynb #11a68b08
+# %% ../nbs/30_study.ipynb #da40b94c
 def write_study(study: Study, seeds: list, folder: Path, failed: dict):
     "`study.parquet` and `index.html` from the cells that are there"
     df = study_table(study, seeds, folder)
-    if not len(df): raise UserError(f'no cell of the study is finished: {next(iter(failed.values()), "nothing was run")}')
+    if not len(df):
+        raise UserError(f'no cell of the study is finished: {next(iter(failed.values()), "nothing was run")}')
     with replacing(Path(folder)/'study.parquet') as tmp: df.to_parquet(tmp, index=False)
     page = study_page(study, seeds, folder, df, failed)
     with replacing(Path(folder)/'index.html') as tmp: Path(tmp).write_text(page, encoding='utf-8')

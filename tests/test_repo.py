@@ -1,16 +1,20 @@
 "Hygiene: what a reader of the repository would stumble over."
+import ast
 import configparser
 import json
 import re
+import statistics
 import subprocess
 import sys
 import tomllib
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
+NOTEBOOKS = sorted((ROOT/'nbs').rglob('*.ipynb'))
+WIDEST, MOST_CELLS, MEDIAN_LINES = 120, 90, 6
 # places of a machine, which a reader of the project doesn't have; put together so that this file doesn't hold them
 MACHINE = re.compile('|'.join(re.escape(a + b) for a, b in (
                                   ('/wo', 'rk/'), ('/ro', 'ot/'), ('/ho', 'me/'), ('/tm', 'p/'), ('/Us', 'ers/'))))
@@ -55,16 +59,87 @@ def test_package_is_what_the_notebooks_export(tmp_path):
                 == f.read_text(encoding='utf-8')), f'{f.name}: run nbdev-export'
 
 
-def test_modules_import_only_from_lower_numbers():
-    order = {}
-    for nb in NOTEBOOKS:
-        source = '\n'.join(''.join(c['source']) for c in code_cells(nb))
-        if m := re.search(r'^#\| default_exp (\w+)', source, re.M): order[m.group(1)] = (nb.stem, source)
-    names = list(order)
-    for i, name in enumerate(names):
-        exported = (ROOT/'mpo_nb'/f'{name}.py').read_text(encoding='utf-8')
-        used = set(re.findall(r'^\s*from (?:mpo_nb)?\.(\w+) import', exported, re.M))
-        assert used <= set(names[:i]), f'{name} imports {used - set(names[:i])}'
+def module_of(path):
+    "Name of the module that a notebook exports to, or None"
+    m = re.search(r'^#\| default_exp (\w+)', '\n'.join(''.join(c['source']) for c in code_cells(path)), re.M)
+    return m and m.group(1)
+
+
+ROOMS = [m for m in map(module_of, NOTEBOOKS) if m]
+
+
+def tree(module):
+    return ast.parse((ROOT/'mpo_nb'/f'{module}.py').read_text(encoding='utf-8'))
+
+
+def imports(module):
+    "(room, names) of every import from another room, wherever it stands"
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Import):
+            yield from ((a.name.split('.')[1], []) for a in node.names if a.name.startswith('mpo_nb.'))
+        if not isinstance(node, ast.ImportFrom) or not (node.level or (node.module or '').startswith('mpo_nb')): continue
+        room = (node.module or '').removeprefix('mpo_nb').lstrip('.')
+        names = [a.name for a in node.names]
+        if room: yield room, names
+        else: yield from ((n, []) for n in names if n in ROOMS)
+
+
+def test_there_are_rooms():
+    assert len(ROOMS) >= 20 and len(ROOMS) == len(set(ROOMS))
+
+
+@pytest.mark.parametrize('module', ROOMS)
+def test_a_room_imports_only_from_rooms_above_it(module):
+    used = {room for room, _ in imports(module)}
+    assert used <= set(ROOMS[:ROOMS.index(module)]), f'{module} imports {used - set(ROOMS[:ROOMS.index(module)])}'
+
+
+@pytest.mark.parametrize('module', ROOMS)
+def test_a_room_imports_public_names_only(module):
+    private = {f'{room}.{n}' for room, names in imports(module) for n in names if n.startswith('_')}
+    assert not private, f'{module} imports {private}'
+
+
+def test_no_public_name_means_two_things():
+    homes = defaultdict(set)
+    for module in ROOMS:
+        for node in tree(module).body:
+            names = [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else []
+            if isinstance(node, ast.Assign): names = [t.id for t in node.targets if isinstance(t, ast.Name)]
+            for n in names:
+                patched = isinstance(node, ast.FunctionDef) and any('patch' in ast.unparse(d) for d in node.decorator_list)
+                if not n.startswith('_') and not patched: homes[n].add(module)
+    assert not (twice := {n: m for n, m in homes.items() if len(m) > 1}), twice
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_has_a_readers_size(path):
+    "At most 90 cells, small ones, and no code line that scrolls sideways"
+    nb, sources = json.loads(path.read_text(encoding='utf-8')), [''.join(c['source']) for c in code_cells(path)]
+    assert len(nb['cells']) <= MOST_CELLS
+    assert statistics.median(s.count('\n') + 1 for s in sources) <= MEDIAN_LINES
+    wide = [l for s in sources for l in s.split('\n') if len(l) > WIDEST]
+    assert not wide, wide[0]
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_markdown_is_rendered(path):
+    "No literal line break, no doubled backslash in a formula, no raw number of numpy in an output"
+    nb = json.loads(path.read_text(encoding='utf-8'))
+    for c in nb['cells']:
+        words = re.sub(r'`+[^`]*`+', '', ''.join(c['source']))
+        if c['cell_type'] == 'markdown':
+            assert not re.search(r'\\n(?![a-z])', words) and not re.search(r'\$[^$]*\\\\[a-z]{3,}[^$]*\$', words), words
+    assert 'np.float64(' not in path.read_text(encoding='utf-8')
+
+
+HAND_WRITTEN = [p for d in ('tests', 'benchmarks') for p in sorted((ROOT/d).glob('*.py'))] + [ROOT/'setup.py']
+
+
+@pytest.mark.parametrize('path', HAND_WRITTEN, ids=lambda p: f'{p.parent.name}/{p.name}')
+def test_no_wide_lines(path):
+    wide = [f'line {n}' for n, l in enumerate(path.read_text(encoding='utf-8').split('\n'), 1) if len(l) > WIDEST]
+    assert not wide, wide
 
 
 def test_settings_agree():

@@ -6,16 +6,20 @@ import pandas as pd
 import pytest
 import yaml
 
-from mpo_nb.recipe import load_recipe, parse_recipe, recipe_keys, recipes
+from mpo_nb.keys import recipe_keys
+from mpo_nb.recipe import load_recipe, parse_recipe, recipes
 from mpo_nb.report import report
-from mpo_nb.pipeline import SEEDS, check_folder, stage_seed, stages
+from mpo_nb.runs import check_folder
+from mpo_nb.pipeline import stages
 from mpo_nb.cli import main
 
 SIZE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
 TINY = dict(data=dict(pairs=300, demonstrations=300), eval=dict(prompts=24, samples=2), model=dict(size=SIZE),
             sft=dict(max_steps=12, save_steps=4), reward=dict(max_steps=8, save_steps=3),
-            dpo=dict(beta=.1, max_steps=8, save_steps=3, easy={}),
-            ppo=dict(num_rollouts=3, save_steps=2, rollout_batch_size=16, hard={}))
+            dpo=dict(beta=.1, max_steps=8, save_steps=3),
+            ppo=dict(num_rollouts=3, save_steps=2, rollout_batch_size=16))
+PAPER = dict(dpo=dict(method='dpo', data='all'), dpo_easy=dict(method='dpo', data='easy'),
+             ppo=dict(method='ppo', data='all'), mpo=dict(method='ppo', start='dpo_easy', data='hard'))
 ENV = dict(os.environ, OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
 
 def write_recipe(path, **keys):
@@ -27,7 +31,7 @@ def tiny(tmp_path_factory):
     "A recipe file: the toy world in a few steps"
     base = yaml.safe_load(recipes()['toy'].read_text())
     keys = {k: {**(v if isinstance(v, dict) else {}), **TINY.get(k, {})} if isinstance(v, dict) else v
-            for k, v in base.items()}
+            for k, v in base.items()} | dict(policies=PAPER)
     return write_recipe(tmp_path_factory.mktemp('recipe')/'tiny.yaml', **keys)
 
 # Everything is imported once; runs are forked children, and one child is killed in every stage.
@@ -99,7 +103,7 @@ def test_killed_in_each_stage_same_numbers(runs):
 def test_run_folder(runs):
     whole = runs[0]
     names = {p.name for p in whole.iterdir() if p.name != '.lock'}
-    assert names == {*SEEDS} - {'judge', 'report', 'score'} | {
+    assert names == {*stages(load_recipe('toy'))} | {
         'recipe.yaml', 'environment.json', 'gaps.parquet', 'completions.parquet', 'evaluation.json', 'report.html'}
     assert {'prompt', 'chosen', 'rejected', 'reward_chosen', 'reward_rejected', 'gap',
             'set'} <= set(pd.read_parquet(whole/'gaps.parquet').columns)
@@ -194,13 +198,33 @@ def test_two_runs_in_one_folder(tmp_path, tiny, capsys):
     (['toy', '--dpo.betta', '1'], 'unknown key `dpo.betta`; did you mean `dpo.beta`?'),
     (['toy', '--sft.args.learning_rat', '1'], '`sft.args.learning_rat`'),
     (['toy', '--dpo.lr_scheduler_type', 'steep'], '`dpo`'),
-    (['toy', '--ppo.num_ppo_epochs', '0'], 'num_ppo_epochs is 0'),
+    (['toy', '--ppo.num_ppo_epochs', '0'], '`ppo.num_ppo_epochs` is 0'),
     (['toy', '--dpo.loss_type', 'hing'], 'hing'),
     (['toy', '--sft.per_device_train_batch_size', '0'], '`sft.per_device_train_batch_size` is 0'),
     (['toy', '--dpo', '1'], '`dpo` is a section'),
     (['toy', '--dpo.beta', 'much'], "`dpo.beta` should be float, not 'much'"),
-    (['toy', '--dpo.easy', '{step: 3}'], '`dpo.easy`: unknown key `dpo.step`'),
-    (['toy', '--ppo.hard', '{num_rollouts: many}'], '`ppo.hard`: `ppo.num_rollouts` should be'),
+    (['toy', '--policies.mpo.step', '3'], '`policies.mpo`: unknown key `ppo.step`'),
+    (['toy', '--policies.mpo.num_rollouts', 'many'], '`policies.mpo`: `ppo.num_rollouts` should be'),
+    (['toy', '--policies.mpo.lam', '2'], '`policies.mpo.lam` is 2.0: it must be in [0, 1]'),
+    (['toy', '--policies.mpo.start', 'dpo_hard'], "is 'dpo_hard', and there is no such policy"),
+    (['toy', '--policies.dpo_easy.start', 'mpo'], 'dpo_easy → mpo → dpo_easy is a circle'),
+    (['toy', '--policies.gaps', '{method: dpo}'], "'gaps' is the name of a stage"),
+    (['toy', '--policies.mpo.data', 'harder'], "is 'harder', and there is no such set"),
+    (['toy', '--policies', '{}'], '`policies` is empty'),
+    (['toy', '--only', '[mpoo]'], 'there is no such policy'),
+    (['toy', '--dpo.learning_rate', '.nan'], '`dpo.learning_rate` is nan: it must be finite and above 0'),
+    (['toy', '--ppo.num_rollouts', '0'], '`ppo.num_rollouts` is 0: it must be at least 1'),
+    (['toy', '--gap.threshold', '.nan', '--gap.easy_fraction', 'null'], '`gap.threshold` is nan: it must be finite'),
+    (['toy', '--eval.temperature', '0'], '`eval.temperature` is 0'),
+    (['toy', '--model.size.hidden_size', '30'], 'no multiple of num_attention_heads'),
+    (['toy', '--model.size.width', '30'], '`model.size.width` is no size'),
+    (['toy', '--name', '../../up'], 'plain word'),
+    (['toy', '--output_dir', '../up'], 'leads out of the current folder'),
+    (['toy', '--output_dir', 'a\0b'], 'NUL'),
+    (['toy', '--output_dir', 'x' * 300], 'too long'),
+    (['toy', '--model.lora.r', '4'], 'nothing to adapt'),
+    (['toy', '--model.quantize', '4bit'], 'give `model.lora`, too'),
+    (['toy', '--eval.judge', '{llm: {modell: m}}'], 'modell'),
     (['toy', '--gap.folds', '1'], 'at least 2'),
     (['toy', '--gap.folds', '3', '--reward.name', 'somewhere'], 'leave one of the two out'),
     (['toy', '--gap.disagree', 'maybe'], '`gap.disagree` should be'),
@@ -222,7 +246,8 @@ def test_wrong_arguments(argv, says, capsys, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('text, says', [
     ('dpo: {betta: 1}', 'unknown key `dpo.betta`'), ('dpo: 1', '`dpo` is a section'),
-    ('seed: [1', 'line 1'), ('', 'nothing'), ('- a', 'something else'),
+    ('a: &x [1]\nb: *x', 'aliases'), ('policies: {1: {method: dpo}}', 'the key 1 below `policies` is not text'),
+    ('seed: ' + '[' * 1000, 'levels'), ('seed: [1', 'line 1'), ('', 'nothing'), ('- a', 'something else'),
     ('dpo: {beta: much}', "`dpo.beta` should be float, not 'much'"), ('seed: null', '`seed`'),
     ('data: {source: a.jsonl}', 'no model')])
 def test_wrong_recipe_file(text, says, capsys, tmp_path):
@@ -255,7 +280,7 @@ def rows(tmp_path_factory):
     return path
 
 USER = ({k: TINY[k] for k in ('eval', 'sft', 'reward', 'dpo', 'ppo')}
-        | dict(gap=dict(easy_fraction=.5, folds=2), dpo=TINY['dpo'] | dict(easy=dict(max_steps=5))))
+        | dict(gap=dict(easy_fraction=.5, folds=2), policies=PAPER | dict(dpo_easy=PAPER['dpo_easy'] | dict(max_steps=5))))
 
 @pytest.mark.parametrize('kind', ['pad', 'eos'])
 def test_tokenizer_without_token(kind, local_model, rows, capsys, tmp_path):
@@ -289,7 +314,8 @@ def test_no_row_fits_then_mended_in_the_same_folder(local_model, rows, capsys, t
     err = capsys.readouterr().err
     assert caught == 2 and 'none of 199 pairs fits' in err and 'Traceback' not in err
     # nothing was finished: another try may use the folder
-    check_folder(load_recipe(recipe, data=dict(max_prompt_length=40)), tmp_path/'run')
+    mended = load_recipe(recipe, data=dict(max_prompt_length=40))
+    check_folder(mended, tmp_path/'run', stages(mended))
 
 def test_missing_data_file(local_model, capsys, tmp_path):
     recipe = write_recipe(tmp_path/'r.yaml', data=dict(source=str(tmp_path/'none.jsonl'),
@@ -388,11 +414,11 @@ def test_gaps_with_second_labels(runs, tmp_path, capsys, monkeypatch):
     gaps = pd.read_parquet(tmp_path/'g'/'gaps.parquet').sort_values('source_row')
     assert gaps.chosen.tolist() == pairs.chosen.tolist()
     expected = noise_rate(gaps.gap.tolist(), gaps.prompt.tolist(), labels,
-                          seed=stage_seed(load_recipe('toy'), 'score')).iloc[0]
+                          seed=12).iloc[0]
     assert found[0]['rows'][0]['gap'] == 'all' and found[0]['rows'][0]['rate'] == pytest.approx(expected.rate, abs=1e-6)
     d = pairs[['prompt', 'chosen', 'rejected']].assign(again=['maybe'] + [''] * 59)
     d.to_csv(tmp_path/'bad.csv', index=False); d.assign(again='').to_csv(tmp_path/'none.csv', index=False)
-    monkeypatch.setattr('mpo_nb.pipeline._train_reward', lambda *a: pytest.fail('trained first'))
+    monkeypatch.setattr('mpo_nb.scoring.fit_reward', lambda *a: pytest.fail('trained first'))
     for name, key, says in (('bad.csv', 'again', "'maybe' (bad.csv, row 1)"), ('none.csv', 'again', 'holds no label'),
                             ('bad.csv', 'twice', "no column 'twice'")):
         assert main([*argv(name)[:-1], key, '--model', str(whole/'sft'), '--output_dir',
@@ -414,7 +440,7 @@ def test_gaps_wrong_arguments(argv, says, capsys, tmp_path, monkeypatch):
 @pytest.mark.parametrize('name', sorted(recipes()))
 def test_shipped_recipes_parse(name):
     r = load_recipe(name)
-    assert r.name == name and r.output_dir == f'runs/{name}' and stages(r)[-1] == 'report'
+    assert r.name == name and r.output_dir == f'runs/{name}' and [*stages(r)][-1] == 'report'
 
 def test_every_key_is_explained(capsys):
     assert main(['run', '--help']) == 0
@@ -422,7 +448,7 @@ def test_every_key_is_explained(capsys):
     assert all(f'--{k}' in out and f.metadata['help'] for k, f in recipe_keys().items())
 
 def test_recipe_overrides():
-    r = parse_recipe('toy', ['--dpo.beta', '0.2', '--model=here', '--dpo.args.adam_beta2', '0.9'])[1]
+    r = parse_recipe('toy', ['--dpo.beta', '0.2', '--model=here', '--dpo.args.adam_beta2', '0.9'])
     assert (r.dpo.beta, r.model.name, r.dpo.args) == (.2, 'here', dict(adam_beta2=.9))
     assert load_recipe('toy', dpo=dict(beta=.2)).dpo.beta == .2
 
