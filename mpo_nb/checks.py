@@ -65,9 +65,9 @@ def the_world(r: Recipe): # A `World`, or None for preference data
     if r.world.scale is not None: world.scale = r.world.scale
     return world
 
-# %% ../nbs/24_checks.ipynb #8cf8437c
-SIZES = ('hidden_size', 'num_hidden_layers', 'num_attention_heads', 'num_key_value_heads', 'intermediate_size', 'head_dim',
-         'max_position_embeddings')
+# %% ../nbs/24_checks.ipynb #0989aabb
+SIZES = ('hidden_size', 'num_hidden_layers', 'num_attention_heads', 'num_key_value_heads', 'intermediate_size',
+         'head_dim', 'max_position_embeddings')
 
 def check_size(size: dict):
     "`UserError` for sizes that no Llama can have"
@@ -79,7 +79,8 @@ def check_size(size: dict):
     kv = size.get('num_key_value_heads', heads)
     if width % heads:
         raise UserError(f'`model.size`: hidden_size {width} is no multiple of num_attention_heads {heads}')
-    if heads % kv: raise UserError(f'`model.size`: num_attention_heads {heads} is no multiple of num_key_value_heads {kv}')
+    if heads % kv:
+        raise UserError(f'`model.size`: num_attention_heads {heads} is no multiple of num_key_value_heads {kv}')
     if width // heads % 2: raise UserError(f'`model.size`: {width // heads} numbers a head, and rotary positions need '
                                            'an even number: change hidden_size or num_attention_heads')
 
@@ -159,13 +160,14 @@ def check_adapters(r: Recipe):
         raise UserError('`model.quantize` freezes the base weights: give `model.lora`, too')
     quantization(r.model.quantize)
 
-# %% ../nbs/24_checks.ipynb #cf9a5f9e
+# %% ../nbs/24_checks.ipynb #d4a791d5
 def check_models(r: Recipe):
     "`UserError` unless all models that the recipe names can be read and used"
     if r.model.size: check_size(r.model.size)
     if r.model.name:
+        config = read_config(r.model.name, 'model.name')
         recipe_tokenizer(r)
-        check_lengths(r, read_config(r.model.name, 'model.name'))
+        check_lengths(r, config)
     check_adapters(r)
     if r.reward.name: check_scorer(r.reward.name, 'reward.name')
     if isinstance(r.eval.judge, str) and r.eval.judge != 'gold': check_scorer(r.eval.judge, 'eval.judge')

@@ -6,13 +6,13 @@
 __all__ = ['METHOD_KEYS', 'FIXED', 'STAGE_NAMES', 'Policy', 'check_policy_name', 'own_keys', 'method_keys', 'read_policy',
            'needs', 'check_links', 'training_order', 'only', 'check_data', 'read_policies']
 
-# %% ../nbs/23_policies.ipynb #5ec54cda
+# %% ../nbs/23_policies.ipynb #92fa66ec
 import dataclasses, re
 from copy import deepcopy
 from dataclasses import dataclass, field
 
 from .core import UserError
-from .gap import SPLIT_SETS, check_sets
+from .gap import BASE_SETS, check_sets
 from .keys import DPOKeys, PPOKeys, Recipe, SFTKeys, bound_error, recipe_keys
 from .recipe import check_key, parse_values
 
@@ -136,14 +136,14 @@ def only(
         wanted.add(name)
     return {k: p for k, p in policies.items() if k in wanted}
 
-# %% ../nbs/23_policies.ipynb #ea774236
+# %% ../nbs/23_policies.ipynb #dfb62257
 def check_data(
     r: Recipe,
     policies: dict,  # name -> Policy
 ):
     "`UserError` for a set that is not defined"
     check_sets(r.gap.sets)
-    sets = [*SPLIT_SETS, *r.gap.sets]
+    sets = [*BASE_SETS, *r.gap.sets]
     for p in policies.values():
         if p.data not in sets:
             raise UserError(f'`policies.{p.name}.data` is {p.data!r}, and there is no such set: there are '

@@ -267,9 +267,9 @@ def one_level(
     get = lambda k: values[k.split('.')[0]][k.split('.')[1]] if '.' in k else values[k]
     return {k: get(k) for k in recipe_keys()}
 
-# %% ../nbs/22_recipe.ipynb #2626d43d
+# %% ../nbs/22_recipe.ipynb #93f34f74
 def load_recipe(
-    name: str,        # toy, stories, hh-rlhf, tldr, or a YAML file
+    name: str, /,     # toy, stories, hh-rlhf, tldr, or a YAML file
     **overrides,      # Nested dicts or dotted keys: `dpo=dict(beta=.2)`, `**{'dpo.beta': .2}`, `output_dir='runs/b02'`
 ) -> Recipe:
     "The `Recipe` that `mpo run NAME --key value ...` would run"

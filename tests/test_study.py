@@ -10,7 +10,8 @@ import yaml
 from mpo_nb.core import UserError
 from mpo_nb.pipeline import stages
 from mpo_nb.recipe import load_recipe
-from mpo_nb.study import Study, all_variants, cell_folder, compare_policies, load_study, notes, parse_seeds, plan
+from mpo_nb.cells import Study, all_variants, cell_folder, load_study, parse_seeds
+from mpo_nb.study import compare_policies, notes, plan
 from mpo_nb.cli import main
 
 ENV = dict(os.environ, OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
@@ -189,7 +190,7 @@ def test_one_more_policy_moves_no_other(tmp_path):
     assert main(['run', recipe, '--output_dir', run]) == 0
     ids = {p.parent.name: json.loads(p.read_text())['id'] for p in (tmp_path/'run').glob('*/stage.json')}
     before = pd.read_parquet(tmp_path/'run'/'completions.parquet')
-    assert main(['run', recipe, '--output_dir', run, '--gap.sets.random', '{random: {like: easy}}',
+    assert main(['run', recipe, '--output_dir', run, '--gap.sets.random', '{like: easy}',
                  '--policies.control', '{method: ppo, start: dpo_easy, reference: sft, data: random}']) == 0
     now = {p.parent.name: json.loads(p.read_text())['id'] for p in (tmp_path/'run').glob('*/stage.json')}
     assert {k for k in now if ids.get(k) != now[k]} == {'control', 'eval', 'report'}
