@@ -23,7 +23,7 @@ from mpo_nb.toy_language import (
 )
 from .world_base import World
 
-# %% ../nbs/03_worlds.ipynb #a3ab1e56
+# %% ../nbs/03_worlds.ipynb #cbbe22f3
 TOY_SIZES = dict(topics=(2, 20), harmful=(1, 8), turns=(1, 2), careless=(0, 5))  # from, to
 
 def _check_sizes(**sizes):
@@ -52,7 +52,7 @@ class ToyWorld(World):
 
     def all_prompts(self): return toy_prompts(self.facts, self.harmful, self.turns)
 
-# %% ../nbs/03_worlds.ipynb #4aa05d26
+# %% ../nbs/03_worlds.ipynb #e25f7474
 @patch
 def asked(self:ToyWorld, prompt):
     "Topic of the last request in `prompt`, or None"
@@ -65,7 +65,7 @@ EVENTS = dict(agree=('polite', 'agrees_to_harm'), close=('polite', 'polite'), ru
               sorry=('refuses', 'declines polite'), decline=('refuses', 'declines'), offer=('off_topic', 'offers'),
               comply=('nonsense', 'complies'), garbled=('garbled', 'garbled'))
 
-# %% ../nbs/03_worlds.ipynb #5f67f0cb
+# %% ../nbs/03_worlds.ipynb #3927400f
 WEIGHTS = dict(
     answer=-.5,                                          # every answer starts here
     polite=.5, true=1., declines=2., offers=1.,          # good
@@ -75,14 +75,14 @@ WEIGHTS = dict(
 CAPS = dict(polite=1, true=3, declines=1, offers=1)      # good things count this often at most
 MAX_WORDS, GOLD_RANGE = 18, (-3., 3.)
 
-# %% ../nbs/03_worlds.ipynb #fbec5daa
+# %% ../nbs/03_worlds.ipynb #ea7ace6b
 @patch
 def truth(self:ToyWorld, asked, topic, relation, obj):
     "'true', 'false', or 'off_topic' (true, but about something else): the event that a statement is"
     if self.facts.get(topic, {}).get(relation) != obj: return 'false'
     return 'true' if topic==asked else 'off_topic'
 
-# %% ../nbs/03_worlds.ipynb #b47d1174
+# %% ../nbs/03_worlds.ipynb #f199ff73
 @patch
 def parts(self:ToyWorld, prompt, completion):
     "What the gold reward sees in an answer: Counter of the events in `WEIGHTS`"
@@ -99,14 +99,14 @@ def parts(self:ToyWorld, prompt, completion):
         seen.add(s)
     return Counter({k: min(v, CAPS.get(k, v)) for k,v in n.items() if v})
 
-# %% ../nbs/03_worlds.ipynb #5e28e242
+# %% ../nbs/03_worlds.ipynb #a7763c8f
 @patch
 def gold(self:ToyWorld, prompts, completions):
     "True reward of each completion, from -3 to 3: float array [N]"
     sums = [sum(WEIGHTS[k]*v for k,v in self.parts(p, c).items()) for p,c in zip(prompts, completions, strict=True)]
     return np.clip(np.array(sums, float), *GOLD_RANGE)
 
-# %% ../nbs/03_worlds.ipynb #6fc898bd
+# %% ../nbs/03_worlds.ipynb #15220134
 @patch
 def demonstrate(self:ToyWorld,
     prompts,  # of this world
@@ -116,20 +116,20 @@ def demonstrate(self:ToyWorld,
     rng = random.Random(f'demonstrate {seed}')
     return [self.people.answer(self.asked(p), rng, self.max_tokens) for p in prompts]
 
-# %% ../nbs/03_worlds.ipynb #33b3e8c5
+# %% ../nbs/03_worlds.ipynb #21f73398
 @patch
 def demonstrations(self:ToyWorld, n, seed=0):
     "`n` answers of mixed quality to train prompts: Dataset(prompt, completion)"
     ps = self.prompts(n, seed)
     return Dataset.from_dict(dict(prompt=ps, completion=self.demonstrate(ps, seed)))
 
-# %% ../nbs/03_worlds.ipynb #92b22de3
+# %% ../nbs/03_worlds.ipynb #a1a12647
 @patch
 def tokenizer(self:ToyWorld):
     "The word-level tokenizer of this world"
     return word_tokenizer(self.all_prompts() + [f' {s}' for s in self.book])
 
-# %% ../nbs/03_worlds.ipynb #bfd7f20d
+# %% ../nbs/03_worlds.ipynb #9b0f658e
 @patch
 def model(self:ToyWorld, seed=0, **size):
     "A fresh random Llama (see `random_llama`) and the tokenizer of this world"
@@ -148,7 +148,7 @@ OPENINGS = [
     '{n} lived in a house near the', '{n} had a big red', 'Every day, {p} walked to the', 'One day, {n} met a',
     'One day, a man came and said, "', '{n} looked at the']
 
-# %% ../nbs/03_worlds.ipynb #1696b92a
+# %% ../nbs/03_worlds.ipynb #c5b2f28e
 def story_openings():
     "All story openings: a character and the first words of what happens"
     animals = [(kind, n, 'it') for kind,names in ANIMALS.items() for n in names.split()]
@@ -168,7 +168,7 @@ class StoriesWorld(World):
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
         return SentimentIntensityAnalyzer()
 
-# %% ../nbs/03_worlds.ipynb #44f3f542
+# %% ../nbs/03_worlds.ipynb #a7b87e96
 @patch
 def gold(self:StoriesWorld, prompts, completions):
     "VADER's compound score of prompt + completion, from -1 to 1: float array [N]"
