@@ -6,7 +6,7 @@
 __all__ = ['TURN', 'TLDR', 'POST', 'problem', 'split_dialogue', 'hh_pair', 'is_tldr', 'tldr_pair', 'comparison_pair',
            'explicit_pair', 'pair_reader']
 
-# %% ../nbs/01b_pairing.ipynb #b9a02bcc
+# %% ../nbs/01b_pairing.ipynb #28d27bc8
 import os
 
 from .core import UserError
@@ -22,7 +22,7 @@ def _field_problem(name, value):
     try: value.encode()
     except UnicodeEncodeError: return f'{name} is not valid Unicode'
 
-# %% ../nbs/01b_pairing.ipynb #d0932776
+# %% ../nbs/01b_pairing.ipynb #af6ab708
 def problem(
     row:dict,       # a row with `fields`
     fields=FIELDS,  # the text columns to look at
@@ -68,7 +68,7 @@ def is_tldr(
     p = row.get('prompt')
     return isinstance(p, str) and (p.startswith('SUBREDDIT:') or p.rstrip().endswith(TLDR))
 
-# %% ../nbs/01b_pairing.ipynb #9b1b49e9
+# %% ../nbs/01b_pairing.ipynb #f22a4d56
 def tldr_pair(
     row:dict,  # prompt, chosen, rejected as text
 )->tuple:      # (row, None) or (the row as it was, reason)
@@ -101,7 +101,7 @@ def explicit_pair(row):
     "A row that already has prompt, chosen and rejected: (row, None) or (row, reason)"
     return tldr_pair(row) if is_tldr(row) else (row, problem(row))
 
-# %% ../nbs/01b_pairing.ipynb #d423a6ce
+# %% ../nbs/01b_pairing.ipynb #ff162e8b
 def pair_reader(
     rows:list,  # the rows of one file
     where,      # its name, for the error

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['prefer_a', 'World']
 
-# %% ../nbs/02b_world_base.ipynb #bcd84ad6
+# %% ../nbs/02b_world_base.ipynb #e6a136ba
 import random
 
 import numpy as np
@@ -45,7 +45,7 @@ class World:
         "(model, tokenizer) to start from"
         raise UserError(f'The {self.name} world has no model of its own: give a model folder or Hub id.')
 
-# %% ../nbs/02b_world_base.ipynb #8f5fffbb
+# %% ../nbs/02b_world_base.ipynb #3c5dc50c
 @patch
 def prompts(self:World,
     n,              # how many
@@ -61,7 +61,7 @@ def prompts(self:World,
     while len(res) < n: res += rng.sample(ps, len(ps))
     return res[:n]
 
-# %% ../nbs/02b_world_base.ipynb #31332d16
+# %% ../nbs/02b_world_base.ipynb #417d0482
 @patch
 def label(self:World,
     prompts,  # [N] str
@@ -80,7 +80,7 @@ def label(self:World,
         prompt=prompts, chosen=[r[1+w] for r,w in zip(rows, win)], rejected=[r[2-w] for r,w in zip(rows, win)],
         gold_chosen=g[i,win], gold_rejected=g[i,1-win], flipped=g[i,win] < g[i,1-win]))
 
-# %% ../nbs/02b_world_base.ipynb #e7183c50
+# %% ../nbs/02b_world_base.ipynb #f02d42f7
 @patch
 def pairs(self:World,
     sample,  # function (prompts, seed) -> completions: the policy that answers
