@@ -18,7 +18,8 @@ from torch import nn
 from transformers import (AutoModelForCausalLM, GemmaConfig, GPT2Config, GPTNeoXConfig, LlamaConfig,
                           PreTrainedTokenizerFast, Qwen2Config, TrainerCallback)
 
-from mpo_nb.worlds import ABSURD, get_world, word_tokenizer
+from mpo_nb.toy_language import ABSURD, word_tokenizer
+from mpo_nb.worlds import get_world
 
 KINDS = 'gpt2', 'llama', 'neox', 'qwen2', 'gemma'
 
