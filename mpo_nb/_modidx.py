@@ -312,6 +312,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'mpo_nb.logprobs._batch_ids': ('logprobs.html#_batch_ids', 'mpo_nb/logprobs.py'),
                                  'mpo_nb.logprobs._completion_candidates': ('logprobs.html#_completion_candidates', 'mpo_nb/logprobs.py'),
                                  'mpo_nb.logprobs._ids': ('logprobs.html#_ids', 'mpo_nb/logprobs.py'),
+                                 'mpo_nb.logprobs._model_folder': ('logprobs.html#_model_folder', 'mpo_nb/logprobs.py'),
                                  'mpo_nb.logprobs._open_end': ('logprobs.html#_open_end', 'mpo_nb/logprobs.py'),
                                  'mpo_nb.logprobs._tail': ('logprobs.html#_tail', 'mpo_nb/logprobs.py'),
                                  'mpo_nb.logprobs.accepts': ('logprobs.html#accepts', 'mpo_nb/logprobs.py'),
