@@ -39,18 +39,6 @@ def _plain_generation(model, tok):
     try: yield
     finally: model.generation_config = own
 
-# %% ../nbs/05_sampling.ipynb #a93d9227
-@dataclass
-class Samples:
-    "Completions drawn from a model, as text and as the very ids that were sampled"
-    prompts: list         # N texts
-    completions: list     # N texts, without special tokens
-    prompt_ids: list      # N lists of ids
-    completion_ids: list  # N lists of ids, EOS included where it was sampled
-    ended: list           # N bools: did the completion end with EOS?
-
-    def __len__(self): return len(self.prompts)
-
 # %% ../nbs/05_sampling.ipynb #f017f8a0
 def _generation_config(tok, max_new_tokens, temperature, greedy, min_new_tokens=0):
     "Every option that could change the distribution, set to neutral by name"
@@ -59,10 +47,12 @@ def _generation_config(tok, max_new_tokens, temperature, greedy, min_new_tokens=
                             repetition_penalty=1.0, num_beams=1, use_cache=True,
                             eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id, **how)
 
+# %% ../nbs/05_sampling.ipynb #f2c0bbaf
 def _up_to_eos(rows, eos_id): return [r[:r.index(eos_id) + 1] if eos_id in r else r for r in rows]
 
+# %% ../nbs/05_sampling.ipynb #a9fa64b3
 def _generate(model, tok, prompt_ids, max_new_tokens, temperature=1.0, draws=None, seen=None, min_new_tokens=0):
-    "Completions of one batch of prompts by the model's own `generate`: lists of ids up to and with EOS; `draws` and `seen` as in `_decode`"
+    "As `_decode` below, by the model's own `generate`"
     ids, mask = pad_rows(prompt_ids, tok.pad_token_id, 'left')
     config = _generation_config(tok, max_new_tokens, temperature, draws is None, min_new_tokens)
     with _plain_generation(model, tok):
@@ -73,7 +63,7 @@ def _generate(model, tok, prompt_ids, max_new_tokens, temperature=1.0, draws=Non
 
 # %% ../nbs/05_sampling.ipynb #0590faee
 def _written(store, new, n, room=32):
-    "`store` [B, H, ≥ n, D] with `new` written behind its first n places; a full store moves into one with `room` places to spare"
+    "`store` [B, H, ≥ n, D] with `new` written behind its first n places; a full store moves into one with more room"
     end = n + new.shape[2]
     if store is None or end > store.shape[2]:
         larger = new.new_empty(*new.shape[:2], end + room, new.shape[3])
@@ -82,6 +72,7 @@ def _written(store, new, n, room=32):
     store[:, :, n:end] = new
     return store
 
+# %% ../nbs/05_sampling.ipynb #edb95ee8
 class _RoomyLayer(DynamicLayer):
     "Keys and values of one layer, views of stores that are longer"
     stores = None, None
@@ -89,12 +80,19 @@ class _RoomyLayer(DynamicLayer):
     def update(self, key_states, value_states, *args, **kwargs):
         n = self.get_seq_length()
         if not self.is_initialized: self.lazy_initialization(key_states, value_states)
-        self._hold([_written(s, x, n) for s, x in zip(self.stores, (key_states, value_states))],
-                   n + key_states.shape[2])
+        stores = [_written(s, x, n) for s, x in zip(self.stores, (key_states, value_states))]
+        self._hold(stores, n + key_states.shape[2])
         return self.keys, self.values
 
     def _hold(self, stores, n): self.stores, (self.keys, self.values) = stores, [s[:, :, :n] for s in stores]
     def batch_select_indices(self, rows): self._hold([s[rows] for s in self.stores], self.get_seq_length())
+
+# %% ../nbs/05_sampling.ipynb #c1387637
+def _cache(net):
+    "An empty cache whose layers of full attention have room ahead"
+    cache = DynamicCache(config=net.config)
+    cache.layers = [_RoomyLayer() if type(l) is DynamicLayer else l for l in cache.layers]
+    return cache
 
 # %% ../nbs/05_sampling.ipynb #6533d197
 def _pick(
@@ -112,7 +110,7 @@ def _pick(
 
 # %% ../nbs/05_sampling.ipynb #464f48c9
 def _network(model):
-    "The network that `_decode` can run, inside a LoRA wrapper or bare; None where it can't: an own `generate`, special inputs, recurrent layers"
+    "The network that `_decode` can run, inside a LoRA wrapper or bare; None where it can't"
     if getattr(getattr(model, 'active_peft_config', None), 'is_prompt_learning', False): return None
     net = model.get_base_model() if hasattr(model, 'get_base_model') else model
     usual = all(getattr(type(net), k, None) is getattr(GenerationMixin, k)
@@ -121,22 +119,24 @@ def _network(model):
     return net if all(type(l) in (DynamicLayer, DynamicSlidingWindowLayer)
                       for l in DynamicCache(config=net.config).layers) else None
 
-def _cache(net):
-    "An empty cache whose layers of full attention have room ahead"
-    cache = DynamicCache(config=net.config)
-    cache.layers = [_RoomyLayer() if type(l) is DynamicLayer else l for l in cache.layers]
-    return cache
+# %% ../nbs/05_sampling.ipynb #273c2275
+def _next_logits(net, ids, mask, positions, cache):
+    "[B, V] fp32: prediction of the token behind `ids`, whose keys and values go into the cache"
+    kw = {k: v for k, v in dict(position_ids=positions, logits_to_keep=1).items() if accepts(net, k)}
+    return net(input_ids=ids, attention_mask=mask.long(), past_key_values=cache, use_cache=True,
+               **kw).logits[:, -1].float()
 
-# %% ../nbs/05_sampling.ipynb #26ee29fd
+# %% ../nbs/05_sampling.ipynb #511c703d
 NEVER = -1e9   # a logit without probability; with -inf the entropy would be NaN
 
+# %% ../nbs/05_sampling.ipynb #26ee29fd
 def _decode(
     model,                     # Causal language model with a `_network`
     tok,                       # Its tokenizer
     prompt_ids: list,          # B lists of ids
     max_new_tokens: int,       # Longest completion, tokens
     temperature: float = 1.0,  # Divides the logits
-    draws: torch.Tensor = None,# [B, max_new_tokens] uniform in [0, 1), one a token; None: greedy
+    draws: torch.Tensor = None,# [B, max_new_tokens] uniform in [0, 1), one per token; None: greedy
     seen: list = None,         # Is given the scores [rows, V] that each token was taken from
     min_new_tokens: int = 0,   # EOS can't be one of the first so many tokens
 ) -> list:                     # B lists of ids up to and with EOS
@@ -160,13 +160,32 @@ def _decode(
         ids, mask, positions = ids[:, None], F.pad(mask, (0, 1), value=True), positions[:, -1:] + 1
     return _up_to_eos(out.tolist(), tok.eos_token_id)
 
-def _next_logits(net, ids, mask, positions, cache):
-    "[B, V] fp32: prediction of the token behind `ids`, whose keys and values go into the cache"
-    kw = {k: v for k, v in dict(position_ids=positions, logits_to_keep=1).items() if accepts(net, k)}
-    return net(input_ids=ids, attention_mask=mask.long(), past_key_values=cache, use_cache=True,
-               **kw).logits[:, -1].float()
-
+# %% ../nbs/05_sampling.ipynb #29a652c1
 def _engine(model): return _generate if _network(model) is None else _decode
+
+# %% ../nbs/05_sampling.ipynb #a93d9227
+@dataclass
+class Samples:
+    "Completions drawn from a model, as text and as the very ids that were sampled"
+    prompts: list         # N texts
+    completions: list     # N texts, without special tokens
+    prompt_ids: list      # N lists of ids
+    completion_ids: list  # N lists of ids, EOS included where it was sampled
+    ended: list           # N bools: did the completion end with EOS?
+
+    def __len__(self): return len(self.prompts)
+
+# %% ../nbs/05_sampling.ipynb #93775575
+def _sample_ids(model, tok, prompt_ids, max_new_tokens, draws, batch_size, **kw):
+    "Completions of N prompts in their own order; `draws` and `kw` as for `_decode`"
+    order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
+    out = [None] * len(prompt_ids)
+    for start in range(0, len(order), batch_size):
+        rows = order[start:start + batch_size]
+        new = _engine(model)(model, tok, [prompt_ids[i] for i in rows], max_new_tokens,
+                             draws=None if draws is None else draws[rows], **kw)
+        for i, ids in zip(rows, new): out[i] = ids
+    return out
 
 # %% ../nbs/05_sampling.ipynb #b4ccba1b
 def sample(
@@ -178,28 +197,29 @@ def sample(
     seed: int = 0,             # Same seed, model, prompts and batch size: same samples
     batch_size: int = 64,      # Rows generated at a time
     greedy: bool = False,      # Take the likeliest token instead of sampling
-    min_new_tokens: int = 0,   # EOS can't be one of the first so many tokens; the log-probs that belong to the samples are then those without it
+    min_new_tokens: int = 0,   # EOS can't be one of the first so many tokens; their log-probs are then those without it
 ) -> Samples:                  # In the order of `prompts`
-    "Draw one completion per prompt from the model's own distribution: no top-k, top-p or penalties, whatever its generation config says"
+    "Draw one completion per prompt from the model's own distribution, whatever its generation config says"
     if not greedy and temperature < 0.01:
         raise UserError(f'temperature {temperature} is too small to sample from: use greedy=True, or at least 0.01')
     prompt_ids = [encode_prompt(tok, p) for p in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompt_ids[i]))   # rows of a batch get similar lengths
-    completion_ids = [None] * len(prompts)
     with seeded(seed), inference(model):
         draws = None if greedy else torch.rand(len(prompts), max_new_tokens, dtype=torch.float64)
-        for start in range(0, len(order), batch_size):
-            rows = order[start:start + batch_size]
-            new = _engine(model)(model, tok, [prompt_ids[i] for i in rows], max_new_tokens, temperature,
-                                 None if greedy else draws[rows], min_new_tokens=min_new_tokens)
-            for i, ids in zip(rows, new): completion_ids[i] = ids
+        completion_ids = _sample_ids(model, tok, prompt_ids, max_new_tokens, draws, batch_size,
+                                     temperature=temperature, min_new_tokens=min_new_tokens)
     texts = [decode_completion(tok, p, c) for p, c in zip(prompt_ids, completion_ids)]
-    return Samples(list(prompts), texts, prompt_ids, completion_ids,
-                   [c[-1] == tok.eos_token_id for c in completion_ids])
+    ended = [c[-1] == tok.eos_token_id for c in completion_ids]
+    return Samples(list(prompts), texts, prompt_ids, completion_ids, ended)
 
 # %% ../nbs/05_sampling.ipynb #08130237
-def check_sampling(model, tok, prompt, temperature=1.0, steps=3):
-    "Raise `RuntimeError` unless sampling is from softmax(logits / temperature), the logits being those of `completion_logits`"
+def check_sampling(
+    model,                     # Causal language model
+    tok,                       # Its tokenizer
+    prompt: str,               # A text to try it on
+    temperature: float = 1.0,  # Of the sampling to come
+    steps: int = 3,            # Tokens to compare
+):
+    "Raise `RuntimeError` unless sampling is from softmax(logits / temperature), with logits of `completion_logits`"
     ids, seen = encode_prompt(tok, prompt), []
     with seeded(0), inference(model):
         new = _engine(model)(model, tok, [ids], steps, temperature, torch.rand(1, steps, dtype=torch.float64), seen)
@@ -211,6 +231,11 @@ def check_sampling(model, tok, prompt, temperature=1.0, steps=3):
         raise RuntimeError(f'{type(model).__name__} does not sample from its own distribution: '
                            f'some generation option changes its logits')
 
+# %% ../nbs/05_sampling.ipynb #119f8dac
+def _first_stop(text, stop_strings):
+    "Where the first of the stop strings begins in the text; None where there is none"
+    return min((i for s in stop_strings if (i := text.find(s)) >= 0), default=None)
+
 # %% ../nbs/05_sampling.ipynb #b3c3e793
 def cut_at_stop(
     samples: Samples,    # N completions
@@ -218,11 +243,11 @@ def cut_at_stop(
     stop_strings: list,  # Texts
 ) -> Samples:            # Completions that hold a stop string end with the token that completes it
     "End completions at stop strings"
-    first = lambda text: min((i for s in stop_strings if (i := text.find(s)) >= 0), default=None)
     texts, ids, ended = list(samples.completions), list(samples.completion_ids), list(samples.ended)
     for i, text in enumerate(texts):
-        if first(text) is None: continue
-        n = next(n for n in range(1, len(ids[i]) + 1)
-                 if first(decode_completion(tok, samples.prompt_ids[i], ids[i][:n])) is not None)
-        texts[i], ids[i], ended[i] = text[:first(text)], ids[i][:n], True
+        stop = _first_stop(text, stop_strings)
+        if stop is None: continue
+        heads = (decode_completion(tok, samples.prompt_ids[i], ids[i][:n]) for n in range(1, len(ids[i]) + 1))
+        n = next(n for n, head in enumerate(heads, 1) if _first_stop(head, stop_strings) is not None)
+        texts[i], ids[i], ended[i] = text[:stop], ids[i][:n], True
     return Samples(samples.prompts, texts, samples.prompt_ids, ids, ended)
