@@ -174,7 +174,6 @@ def share_ci(name, right):
     lo, hi = proportion_confint(right.sum(), len(right), method='wilson') if len(right) else (np.nan, np.nan)
     return {name: right.mean() if len(right) else np.nan, f'{name}_lo': lo, f'{name}_hi': hi}
 
-# %% ../nbs/09_gap.ipynb #6c9d993e
 def _truth(ds):
     "Difference chosen - rejected according to gold, else to the judge, and which; None where there is neither"
     for name in ('gold', 'judge'):
