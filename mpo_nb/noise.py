@@ -15,7 +15,7 @@ from scipy.special import expit, logit
 from .core import UserError
 from .gap import DEFAULT_BINS, share_ci
 
-# %% ../nbs/10_noise.ipynb #d550b2ea
+# %% ../nbs/10_noise.ipynb #dd2bd280
 def fit_temperature(gaps) -> float: # [N] gaps of pairs that the reward model has not seen
     "The T > 0 for which labels are likeliest under sigmoid(gap / T)"
     gaps = np.asarray(gaps, float)
@@ -25,6 +25,7 @@ def fit_temperature(gaps) -> float: # [N] gaps of pairs that the reward model ha
     loss = lambda log_t: np.logaddexp(0, -gaps / np.exp(log_t)).mean()
     return float(np.exp(minimize_scalar(loss, bounds=(-5, 5), method='bounded').x))
 
+# %% ../nbs/10_noise.ipynb #d550b2ea
 def calibration(
     gaps,                     # [N] gaps of held-out pairs
     temperature: float = 1.,  # Divides the gaps
@@ -37,6 +38,7 @@ def calibration(
                          | share_ci('agreement', (gaps[i] > 0) + (gaps[i] == 0)/2)
                          for i in np.array_split(order, bins) if len(i)])
 
+# %% ../nbs/10_noise.ipynb #a0d51521
 def expected_calibration_error(
     table,  # From `calibration`
 ) -> float:
@@ -61,8 +63,6 @@ def plot_reliability(
     ax.legend(fontsize='small')
     return ax
 
-
-
 # %% ../nbs/10_noise.ipynb #b435bbe9
 def noise_bound(
     gaps,               # [N] gaps of pairs that the reward model has not seen
@@ -83,17 +83,19 @@ def noise_bound(
     return dict(bound=bound(gaps), ci=np.quantile(boots, [.025, .975]).tolist(), temperature=temperature)
 
 # %% ../nbs/10_noise.ipynb #be51c786
-GRID = np.linspace(-6, 6, 121)                           # standard deviations from the mean
-GRID_WEIGHTS = np.exp(-GRID**2/2) / np.exp(-GRID**2/2).sum()  # of the standard normal on it
+GRID = np.linspace(-6, 6, 121)   # standard deviations from the mean
+GRID_WEIGHTS = np.exp(-GRID**2/2) / np.exp(-GRID**2/2).sum()   # of the standard normal on it
 
 # d, [N, K]
 def _strengths(gaps, slope, log_spread): return slope*np.asarray(gaps, float)[:, None] + np.exp(log_spread)*GRID
 
+# %% ../nbs/10_noise.ipynb #94065e3b
 def _likelihoods(d):
     "Probability of what was seen given d, [3, N, K]: the one label; two that agree; two that differ"
     p = expit(d)
     return np.stack([p, p*p, p*(1 - p)])
 
+# %% ../nbs/10_noise.ipynb #9c9b699a
 def fit_strengths(
     gaps,                # [B] gaps
     counts,              # [B, 3] how many pairs of this gap have one label, two that agree, two that differ
@@ -108,6 +110,7 @@ def fit_strengths(
     return tuple(minimize(lambda q: loss(*q), [1., 0.], method='Nelder-Mead', bounds=[(-20, 20), (-4, 3)],
                           options=dict(xatol=1e-3, fatol=1e-7)).x)
 
+# %% ../nbs/10_noise.ipynb #1c0f12ba
 def wrong_probability(
     gaps,           # [N]
     slope: float,   # From `fit_strengths`
@@ -120,7 +123,7 @@ def wrong_probability(
     like = _likelihoods(d)[seen, np.arange(len(d))] * GRID_WEIGHTS
     return (like * ((d < 0) + (d == 0)/2)).sum(1) / like.sum(1)
 
-# %% ../nbs/10_noise.ipynb #3bc7fb87
+# %% ../nbs/10_noise.ipynb #51f2c779
 def _seen(again, n):
     "0: one label, 1: two that agree, 2: two that differ"
     if again is None: return np.zeros(n, int)
@@ -130,6 +133,7 @@ def _seen(again, n):
                         f'False where it does not, None where there is none')
     return np.where(np.isnan(again), 0, np.where(again == 1, 1, 2))
 
+# %% ../nbs/10_noise.ipynb #3388da79
 def _histogram(gaps, seen, bins=50):
     "Centres [B] of bins of about equal size, and each pair's place in the flattened [B, 3] table"
     order = np.argsort(gaps, kind='stable')
@@ -137,10 +141,19 @@ def _histogram(gaps, seen, bins=50):
     which[order] = np.arange(len(gaps))*min(bins, len(gaps))//len(gaps)
     return np.bincount(which, gaps)/np.bincount(which), which*3 + seen
 
+def _fits(centres, counts, twice):
+    "The fit; without second labels fits for tau from almost 0 to 8, which explain single labels about equally well"
+    return [fit_strengths(centres, counts)] if twice else [fit_strengths(centres, counts, s)
+                                                           for s in np.log([.02, .5, 1, 2, 4, 8])]
+
+def _noise_table(parts, rate, lo, hi):
+    return pd.DataFrame(dict(n=[int(i.sum()) for i in parts.values()], rate=rate, lo=lo, hi=hi), index=list(parts))
+
+# %% ../nbs/10_noise.ipynb #3bc7fb87
 def noise_rate(
     gaps,               # [N] gaps of pairs that the reward model has not seen
     prompts,            # [N] their prompts
-    again=None,         # [N] True where a second, independent label agrees with the first, False where not, None where there is no second label
+    again=None,         # [N] does a second, independent label agree with the first? None where there is none
     bins=DEFAULT_BINS,  # Edges of gap bins
     n_boot: int = 100,  # Bootstrap samples of prompts
     seed: int = 0,
@@ -164,14 +177,6 @@ def noise_rate(
     if not seen.any(): return _noise_table(parts, np.nan, 0., hi)
     return _noise_table(parts, shares(wrong_probability(gaps, *fits(np.ones(group.max() + 1))[0], seen)),
                         np.nanquantile(draws[:, 0], .025, 0), hi)
-
-def _fits(centres, counts, twice):
-    "The fit; without second labels fits for tau from almost 0 to 8, which explain single labels about equally well"
-    return [fit_strengths(centres, counts)] if twice else [fit_strengths(centres, counts, s)
-                                                           for s in np.log([.02, .5, 1, 2, 4, 8])]
-
-def _noise_table(parts, rate, lo, hi):
-    return pd.DataFrame(dict(n=[int(i.sum()) for i in parts.values()], rate=rate, lo=lo, hi=hi), index=list(parts))
 
 # %% ../nbs/10_noise.ipynb #f745ec05
 def gap_threshold(
