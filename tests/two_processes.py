@@ -10,7 +10,7 @@ import torch
 
 torch.set_num_threads(1)
 
-from mpo_nb.ppo_trainer import _save_experience
+from mpo_nb.ppo_trainer import save_experience
 from util import fingerprint, logged, ppo_trainer, talker, tiny
 
 out = Path(sys.argv[1])
@@ -23,7 +23,7 @@ def one_update():
     "One SGD update on one rollout of 8; each process writes its half"
     t = ppo_trainer(out/'update', talker('llama'), per_device_train_batch_size=3, learning_rate=.1, prompts=1)
     t.train()
-    _save_experience(t.experience, 0, out/f'experience-{t.args.process_index}.safetensors')
+    save_experience(t.experience, 0, out/f'experience-{t.args.process_index}.safetensors')
     if t.args.process_index == 0: torch.save(t.model.state_dict(), out/'updated.pt')
     return dict(completions=t.experience.samples.completions, logs=logged(t), weights=fingerprint(t.model))
 
