@@ -82,7 +82,7 @@ def main(
         if argv[:1] == ['--version']: print(importlib.metadata.version('mpo_nb'))
         elif argv[:1] == ['compare']: print(compare_runs(argv[1:]).round(3).to_string(na_rep=''))
         elif argv[:1] == ['gaps']: _gaps_command(argv[1:])
-        elif argv[:1] == ['eval']: from mpo_nb.compare import eval_command; return eval_command(argv[1:])
+        elif argv[:1] == ['eval']: from mpo_nb.results import eval_command; return eval_command(argv[1:])
         elif argv[:1] == ['judge']: from mpo_nb.judge import judge_command; return judge_command(argv[1:])
         elif argv[:1] != ['run']:
             print('usage: mpo run RECIPE [--key value ...]    (mpo run --help explains every key)\n'

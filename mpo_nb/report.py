@@ -81,8 +81,8 @@ def report_plots(
 ) -> list:     # Dicts: title, text (what the pictures show), images (data URIs)
     "The pictures of the report"
     import pandas as pd
-    from mpo_nb.evaluate import plot_frontier
-    from mpo_nb.compare import plot_win_rates
+    from mpo_nb.frontier import plot_frontier
+    from mpo_nb.results import plot_win_rates
     from mpo_nb.gap import plot_accuracy_by_gap, plot_gaps
     gaps, df, e = (read_parquet(run/'gaps.parquet'), pd.read_parquet(run/'completions.parquet'),
                    read_json(run/'evaluation.json'))
@@ -145,7 +145,8 @@ def pair_table(
     e: dict,   # evaluation.json
 ) -> tuple:    # Rows {a, b, wins, ties, losses, win_rate, ci, p_holm, controlled, controlled_ci}; Bradley-Terry strengths {policy: {strength, se}}
     "Every pair of policies: the win rate of `e`, with Holm's p value and the rate at equal length; and one order of all policies"
-    from mpo_nb.compare import compare_scores, length_check, pair_rows
+    from mpo_nb.compare import compare_scores, pair_rows
+    from mpo_nb.bias import length_check
     c = compare_scores(df)
     lengths = {k: length_check(pair_rows(df, *k), v, warn_above=1)
                for k, v in c.verdicts.groupby(['a', 'b'], sort=False)}
@@ -159,7 +160,7 @@ def report(
 ) -> str:       # HTML
     "The report of a run, from its files alone"
     import pandas as pd
-    from mpo_nb.compare import page_template
+    from mpo_nb.results import page_template
     run = Path(run)
     recipe, e = yaml.safe_load((run/'recipe.yaml').read_text(encoding='utf-8')), read_json(run/'evaluation.json')
     df = pd.read_parquet(run/'completions.parquet')
@@ -200,7 +201,7 @@ def gaps_report(
     run: Path,  # Folder of `mpo gaps`
 ) -> str:       # HTML
     "The report of scored pairs, from the folder's files alone"
-    from mpo_nb.compare import page_template
+    from mpo_nb.results import page_template
     from mpo_nb.noise import calibration, plot_reliability
     from mpo_nb.gap import extreme_pairs, gap_correlations, plot_gaps
     run = Path(run)

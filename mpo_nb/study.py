@@ -36,7 +36,7 @@ def compare_runs(
 ):                        # DataFrame, a row for each policy: mean, a column a seed, difference to `against` with its 95% interval
     "Scores over seeds, and differences paired by seed"
     import pandas as pd
-    from mpo_nb.compare import across_seeds
+    from mpo_nb.evaluate import across_seeds
     t = _seed_scores(folders)
     if len(t) < 2: raise UserError('an interval over seeds needs at least two runs: give more folders')
     diffs = {p: across_seeds(t[against].to_dict(), t[p].to_dict()) for p in t if p != against}
