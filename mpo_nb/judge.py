@@ -31,10 +31,9 @@ from statsmodels.stats.inter_rater import cohens_kappa
 from tqdm import tqdm
 
 from .core import UserError
-from mpo_nb.compare import (
-    a_first, compare, compare_scores, dashes, lengths_table, pair_rows, parse_options, policy_pairs,
-    read_completions, swap, wilson_ci, write_comparison
-)
+from .compare import a_first, compare, compare_scores, pair_rows, policy_pairs, swap, wilson_ci
+from .bias import lengths_table
+from .results import dashes, parse_options, read_completions, write_comparison
 
 # %% ../nbs/16_judge.ipynb #83523b88
 TASKS = dict(
