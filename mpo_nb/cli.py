@@ -83,7 +83,7 @@ def main(
         elif argv[:1] == ['compare']: print(compare_runs(argv[1:]).round(3).to_string(na_rep=''))
         elif argv[:1] == ['gaps']: _gaps_command(argv[1:])
         elif argv[:1] == ['eval']: from mpo_nb.compare import eval_command; return eval_command(argv[1:])
-        elif argv[:1] == ['judge']: from mpo_nb.judge import judge_command; return judge_command(argv[1:])
+        elif argv[:1] == ['judge']: from mpo_nb.judging import judge_command; return judge_command(argv[1:])
         elif argv[:1] != ['run']:
             print('usage: mpo run RECIPE [--key value ...]    (mpo run --help explains every key)\n'
                   '       mpo gaps DATA --model MODEL [--key value ...]\n       mpo eval FILE [--key value ...]\n'
