@@ -202,6 +202,7 @@ def verdict(self:FakeServer,
 
 # %% ../nbs/16_judge.ipynb #1eacdfac
 class _Handler(BaseHTTPRequestHandler):
+    protocol_version, wbufsize, disable_nagle_algorithm = 'HTTP/1.1', -1, True   # one connection, one packet per reply
     def log_message(self, *_): pass
     def reply(self, status, **body):
         self.server.log[status] += 1
