@@ -19,11 +19,11 @@ import pytest
 
 from mpo_nb.core import UserError
 from mpo_nb.compare import compare, swap
+from mpo_nb.agreement import pairwise_agreement, plot_agreement, rater_agreement, verdict_table
 from mpo_nb.human import (
-    SIDES, Annotation, VotePage, rater_agreement, annotator_table, append_events, consensus, human_judge,
-    load_votes, order_key, pair_key, pairwise_agreement, plot_agreement, read_events, standing, to_side,
-    to_verdict, verdict_table, vote_rows
+    Annotation, load_votes, order_key, pair_key, read_events, SIDES, standing, to_side, to_verdict, vote_rows, VotePage
 )
+from mpo_nb.people import annotator_table, consensus, human_file, human_judge, people_verdicts, read_votes
 
 NASTY = '<script>window.hacked = 1</script><img src=x onerror="window.hacked = 1"> & "quotes"\n=HYPERLINK("x")'
 
@@ -128,7 +128,7 @@ def test_any_cut_through_the_last_line_loses_that_vote_and_no_other(tmp_path):
         known = 3 if cut == len(raw) - 1 else 2        # without its line break the last line is whole, too
         assert len(half.votes) == known
         half.vote('tie')
-        assert [e['side'] for e in read_events(file)[0]] == ['left', 'both bad', 'right'][:known] + ['tie']
+        assert [e['side'] for e in read_events(file)] == ['left', 'both bad', 'right'][:known] + ['tie']
 
 
 @pytest.mark.parametrize('line', [b'{"pair": "c1", "sho', b'[]', b'{"pair": "c1", "shown": "c1", "side": "middle"}',
@@ -171,7 +171,7 @@ def test_killed_at_random_moments_nothing_confirmed_is_lost(tmp_path):
             while True: confirmed.append(here.recv())
         except (EOFError, OSError): pass
         ann = Annotation(pairs(400), tmp_path, 'ann')
-        said = [None if 'undo' in e else e['pair'] for e in ann.events]
+        said = [None if 'undo' in e else e['pair'] for e in read_events(ann.path)]
         assert said[:len(confirmed)] == confirmed and len(said) <= len(confirmed) + 1
         confirmed = said
     assert len(confirmed) > 20
@@ -182,18 +182,18 @@ def test_a_write_that_failed_half_way_is_replaced(tmp_path, monkeypatch):
     page = VotePage(ann := Annotation(pairs(), tmp_path, 'ann'))
     press(page, 'left')
     import mpo_nb.human as human
-    def full(path, events, end):
+    def full(path, rows, lock):
         with open(path, 'ab') as f: f.write(b'{"id": "q')
         raise OSError(28, 'No space left on device')
     before = page.view
     with monkeypatch.context() as m:
-        m.setattr(human, 'append_events', full)
+        m.setattr(human, 'append_jsonl', full)
         press(page, 'tie')
     assert (page.view['error'] and 'No space left' in page.view['note'] and page.view['prompt'] == before['prompt']
             and len(ann.votes) == 1)
     ann.load()
     press(page, 'tie')
-    assert not page.view['error'] and [e['side'] for e in read_events(ann.path)[0]] == ['left', 'tie']
+    assert not page.view['error'] and [e['side'] for e in read_events(ann.path)] == ['left', 'tie']
 
 
 def test_two_windows_never_vote_blindly(tmp_path):
@@ -206,7 +206,7 @@ def test_two_windows_never_vote_blindly(tmp_path):
     assert not two.view['error']
     press(one, 'undo')
     assert one.view['error'] and one.view['done'] == 2      # it would have taken back a vote this window has not seen
-    assert [e['side'] for e in read_events(tmp_path/'ann.jsonl')[0]] == ['left', 'right']
+    assert [e['side'] for e in read_events(tmp_path/'ann.jsonl')] == ['left', 'right']
 
 
 @pytest.mark.parametrize('name', ['', '../x', 'a/b', '.hidden', 'a b', 'x\n'])
@@ -266,9 +266,9 @@ def test_messages_that_are_no_votes_are_ignored(tmp_path):
     press(page, 'undo')
     press(page, 'rm -rf')
     page._pressed(page, {}, [])
-    assert ann.events == [] and page.turn == 1
+    assert read_events(ann.path) == [] and page.turn == 1
     press(page, 'tie', comment='x' * 5000)
-    assert len(ann.events[0]['comment']) == 2000
+    assert len(read_events(ann.path)[0]['comment']) == 2000
 
 
 # ---- spreadsheets
@@ -447,6 +447,99 @@ def test_plot_has_title_labels_and_every_pair():
     ax = plot_agreement(p, ['ann', 'ben'])
     assert [t.get_text() for t in ax.get_yticklabels()][0] == 'ann, ben' and len(ax.get_yticklabels()) == 3
     assert ax.get_title() and ax.get_xlabel()
+
+
+# ---- from a file of completions to a sheet to verdicts
+
+@pytest.fixture
+def completions(tmp_path):
+    df = pd.DataFrame(
+        [dict(policy=p, prompt_id=f'p{i}', prompt=f'question {i}', completion=f'answer of {p}, {i}' if i else 'same')
+                       for p in ('sft', 'dpo', 'mpo') for i in range(4)])
+    df.to_parquet(tmp_path/'c.parquet')
+    return tmp_path/'c.parquet'
+
+
+def fill_in(sheet, prefer, n=None):
+    "Prefer the answer of the first policy named in `prefer`, as a person with the sheet would"
+    df = pd.read_csv(sheet, keep_default_na=False)
+    rank = lambda t: next((i for i, p in enumerate(prefer) if p in t), 9)
+    said = ['left' if rank(l) < rank(r) else 'right' for l, r in zip(df.left, df.right)]
+    df.assign(verdict=said[:n] + ['']*(len(df) - len(said[:n]))).to_csv(sheet, index=False)
+
+
+def test_mpo_human_from_completions_to_verdicts(completions, tmp_path):
+    """Three policies, four prompts (on one all say the same): nine pairs to vote on, shown blind; two people fill in
+    their sheets; their verdicts name the policies [fails when the sides are not turned back]"""
+    said, votes = [], tmp_path/'votes'
+    for name in ('ann', 'ben'):
+        assert human_file(completions, votes/f'{name}.csv', annotator=name, seed=1, say=said.append) == 0
+        assert '12 pairs' in said[-1] and len(pd.read_csv(votes/f'{name}.csv')) == 9
+    sheets = [pd.read_csv(votes/f'{n}.csv') for n in ('ann', 'ben')]
+    assert not set(sheets[0]) & {'policy', 'a', 'b', 'id'} and (sheets[0].left != sheets[1].left).any()
+    fill_in(votes/'ann.csv', ['mpo', 'dpo', 'sft']); fill_in(votes/'ben.csv', ['mpo', 'dpo', 'sft'], n=5)
+    before = (votes/'ann.csv').read_bytes()
+    assert human_file(completions, votes=votes, say=said.append) == 0
+    v = pd.read_parquet(tmp_path/'c.parquet-human'/'verdicts.parquet')
+    assert list(v) == ['prompt_id', 'a', 'b', 'verdict', 'reason', 'judge'] and set(v.judge) == {'people (ann, ben)'}
+    assert len(v) == 12 and (v.verdict[v.prompt_id == 'p0'] == 'tie').all()
+    better = ['sft', 'dpo', 'mpo'].index
+    assert all((r.a if r.verdict == 'a' else r.b) == max((r.a, r.b), key=better)
+               for r in v[v.prompt_id != 'p0'].itertuples())
+    assert "Krippendorff's alpha" in said[-2] and '12 of 12 pairs have a verdict' in said[-1]
+    assert ((votes/'ann.csv').read_bytes() == before
+            and sorted(p.name for p in votes.iterdir()) == ['ann.csv', 'ben.csv'])
+
+
+def test_pairs_without_a_vote_have_no_verdict(completions, tmp_path):
+    "[fails when failed rows are written as well]"
+    said = []
+    human_file(completions, tmp_path/'me.csv', baseline='sft', policies=['mpo'], say=said.append)
+    fill_in(tmp_path/'me.csv', ['mpo'], n=2)
+    human_file(completions, tmp_path/'v.csv', tmp_path/'me.csv', baseline='sft', policies=['mpo'], say=said.append)
+    v = pd.read_csv(tmp_path/'v.csv')
+    assert len(v) == 3 and set(v.verdict) == {'a', 'tie'} and '3 of 4 pairs' in said[-1] and 'kappa' not in said[-2]
+
+
+def test_a_sheet_that_may_hold_votes_is_never_overwritten(completions, tmp_path):
+    human_file(completions, tmp_path/'me.csv', say=lambda _: None)
+    fill_in(tmp_path/'me.csv', ['mpo'])
+    before = (tmp_path/'me.csv').read_bytes()
+    with pytest.raises(UserError, match='may hold votes'): human_file(completions, tmp_path/'me.csv')
+    assert (tmp_path/'me.csv').read_bytes() == before
+
+
+def test_a_vote_file_and_a_sheet_of_one_annotator_are_taken_together(tmp_path):
+    "The sheet comes later than the page, and the vote file stays as it is [fails when the sheet is read first]"
+    rows = pairs(4)
+    ann = Annotation(rows, tmp_path/'v', 'ann')
+    ann.vote('tie'); ann.vote('tie')
+    sheet = pd.read_csv(ann.to_csv(tmp_path/'v'/'ann.csv'), keep_default_na=False)
+    sheet.assign(verdict=['tie', 'left', 'right', '']).to_csv(tmp_path/'v'/'ann.csv', index=False)
+    before = ann.path.read_bytes()
+    votes = read_votes(rows, tmp_path/'v')
+    assert sorted(votes.side) == ['left', 'right', 'tie'] and set(votes.annotator) == {'ann'}
+    assert ann.path.read_bytes() == before and len(people_verdicts(
+        rows.assign(prompt_id=rows.id, policy_a='x', policy_b='y'), votes)) == 3
+
+
+@pytest.mark.parametrize('files, why',
+                         [({}, 'holds no votes'), ({'a b.csv': '', 'a-b.csv': ''}, "a b.csv, a-b.csv: the name"),
+                          ({'x.csv': 'verdict,shown\n'}, 'no vote on these pairs'),
+                          ({'x.txt': 'x'}, 'holds no votes'), ({'x.jsonl': ''}, 'no vote on these pairs'),
+                          ({'x.csv': 'a,b\n'}, "no column 'verdict'"), ({'..csv': ''}, 'holds no votes|the name')])
+def test_folders_that_hold_no_votes(tmp_path, files, why):
+    (tmp_path/'v').mkdir()
+    for name, text in files.items(): (tmp_path/'v'/name).write_text(text)
+    with pytest.raises(UserError, match=why): read_votes(pairs(), tmp_path/'v')
+    with pytest.raises(UserError, match='does not exist'): read_votes(pairs(), tmp_path/'nowhere')
+
+
+def test_verdicts_go_to_a_file_of_a_known_kind(completions, tmp_path):
+    human_file(completions, tmp_path/'me.csv', say=lambda _: None)
+    fill_in(tmp_path/'me.csv', ['mpo'])
+    with pytest.raises(UserError, match='ends in .parquet or .csv'):
+        human_file(completions, tmp_path/'v.xlsx', tmp_path/'me.csv', say=lambda _: None)
 
 
 # ---- the page, in a browser

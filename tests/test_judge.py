@@ -26,9 +26,12 @@ from judge_server import Server, best
 from mpo_nb.core import UserError
 from mpo_nb.sources import data_path
 from mpo_nb.compare import a_first, compare, length_check, swap
-from mpo_nb.judge import (
-    FORMATS, LLMJudge, Meter, Question, Store, TASKS, TEMPLATE, Unreadable, _unswapped, verdict_agreement,
-    combine, fill, judge_command, position_bias, read_answers, read_verdict, self_agreement
+from mpo_nb.asking import (
+    combine, fill, FORMATS, Meter, Question, read_answers, read_verdict, Store, TASKS, TEMPLATE, Unreadable, unswapped
+)
+from mpo_nb.judge import FakeServer, LLMJudge
+from mpo_nb.judging import (
+    judge_command, judge_file, judge_from, JUDGES, position_bias, self_agreement, verdict_agreement
 )
 
 pytestmark = pytest.mark.filterwarnings('error::UserWarning')
@@ -208,7 +211,8 @@ READ = [('[[A]] looks good but it is wrong, so [[B]]', 'B'), ('I weigh [[A]].\n\
         ('The reply says "[[A]]", a trick.\nVerdict: [[B]]', 'B'), ('ok\n**[[A]]**', 'A'),
         ('Final verdict: [[tie]].', 'tie'), ('[[A]]\n[[A]]', 'A'), ('{"reason": "[[A]]", "verdict": "B"}', 'B'),
         ('```json\n{"verdict": "tie", "reason": ""}\n```', 'tie'), ('x\n[[TIE]]', 'tie')]
-UNREAD = ['not A', 'A', 'I prefer answer A.', '', '   ', '[[A]] is better, I think', '[[A]]\n[[B]]', '[[A]] or [[B]]',
+UNREAD = ['not A', 'A', 'x\n[[tıe]]', '[[A]] or', '{"reason": "x", "verdict": ' + '9'*5000 + '}',
+          'I prefer answer A.', '', '   ', '[[A]] is better, I think', '[[A]]\n[[B]]', '[[A]] or [[B]]',
           'Verdict: [[B]]\nVerdict: [[A]]', 'so [[A]] / [[B]]', '[[C]]', '[A]', '[[A]]\nThat is all.',
           '{"verdict": "A"}', '{"reason": "x", "verdict": "A", "score": 1}',
           '{"reason": "x", "verdict": "A", "verdict": "B"}', '{"reason": "x", "verdict": "first"}',
@@ -222,6 +226,33 @@ def test_item62_the_verdict_is_where_it_was_asked_for(text, label): assert read_
 def test_item62_anything_else_is_no_verdict(text):
     "[fails when the first mark is taken, and when the last mark is]"
     with pytest.raises(Unreadable): read_verdict(text)
+
+
+HOSTILE = {'marks, then none': lambda n: '[[A]] '*n + 'x', 'marks, then another': lambda n: '[[A]] '*n + 'or [[B]]',
+           'marks, prose, a mark': lambda n: '[[A]] '*n + 'x, so [[B]]', 'lines of marks': lambda n: '[[A]]\n'*n
+           + 'x', 'open marks': lambda n: '[['*n + 'x', 'a mark that never ends': lambda n: '[[' + ' '*n + 'A',
+           'white space in a fence': lambda n: '```' + ' '*n + 'x', 'separators': lambda n: '[[A]]'
+           + ', '*n + 'x [[B]]', 'two words that join': lambda n: '[[A]]' + ' or'*n + ' [[A]]',
+           'spaces between': lambda n: '[[A]]' + ' '*n + '[[A]]',
+           'a verdict of colons': lambda n: 'verdict' + ' '*n + '[[A]]'}
+
+@pytest.mark.parametrize('make', HOSTILE.values(), ids=HOSTILE)
+def test_no_reply_takes_long_to_read(make):
+    """Time that doubles with each mark would need longer than the world lasts for 5,000 of them; time that grows
+    with the square takes 100 times as long for ten times the text, ours at most about ten
+    [fails with one regular expression for all marks at the end of a line]"""
+    def seconds(n):
+        start = time.perf_counter()
+        with contextlib.suppress(Unreadable): read_verdict(make(n))
+        return time.perf_counter() - start
+    assert seconds(5_000) < 2
+    assert min(seconds(50_000) for _ in range(3)) < 40*max(min(seconds(5_000) for _ in range(3)), 1e-3)
+
+
+@pytest.mark.parametrize('text, reason', [('Shorter. Better.\n**[[B]]**', 'Shorter. Better.'), ('a\nso [[B]]', 'a so'),
+                                          ('so [[A]]\n[[B]]', 'so [[A]]'), ('[[B]], [[B]]', ''),
+                                          ('x\nFinal verdict: [[ b ]] and [[B]].', 'x')])
+def test_the_reason_is_what_stands_before_the_verdict(text, reason): assert read_verdict(text) == ('B', reason)
 
 
 def test_item62_a_candidate_cannot_seed_its_verdict():
@@ -306,7 +337,7 @@ def test_item67_swapping_back():
         one, other = combine(ab, ba), combine(swap(ab), swap(ba))
         assert other['verdict'] == swap(one['verdict']) and other['flipped'] == one['flipped']
         assert one['verdict'] == ('failed' if 'failed' in (ab, ba) else ab if ab == ba else 'tie')
-    assert [_unswapped(v, o) for o in ('ab', 'ba') for v in ('A', 'B', 'tie')] == ['a', 'b', 'tie', 'b', 'a', 'tie']
+    assert [unswapped(v, o) for o in ('ab', 'ba') for v in ('A', 'B', 'tie')] == ['a', 'b', 'tie', 'b', 'a', 'tie']
 
 
 def test_item68_both_directions_add_to_one():
@@ -518,6 +549,54 @@ def test_bad_settings_are_said():
     with pytest.raises(UserError, match='answer_format'): LLMJudge('m', answer_format='xml')
 
 
+@pytest.mark.parametrize('bad, why',
+                         [(dict(temperature=float('nan')), 'temperature is nan'), (dict(temperature=-1), 'least 0'),
+                                      (dict(timeout=0), 'timeout is 0'), (dict(timeout=float('inf')), 'timeout is inf'),
+                                      (dict(retries=-1), 'retries'), (dict(retries=1.5), 'a whole number'),
+                                      (dict(budget_calls=-5), 'budget_calls'), (dict(max_tokens='9'), 'a whole number'),
+                                      (dict(concurrency=True), 'concurrency is bool'), (dict(price=[1, -2]), 'price'),
+                                      (dict(price=3.), 'two numbers'), (dict(template=None), 'template is NoneType'),
+                                      (dict(base_url='http://localhost:abc/v1'), 'no address'),
+                                      (dict(base_url='me:hunter2@x.org'), 'no address'),
+                                      (dict(key_env=KEY), 'not the name of an environment variable')])
+def test_values_that_cannot_be_meant(bad, why):
+    with pytest.raises(UserError, match=why) as e: LLMJudge(**dict(model='m') | bad)
+    assert 'hunter2' not in str(e.value) and KEY not in str(e.value)
+
+
+# ---- judges of recipes
+
+def test_a_judge_from_a_recipe_judges_like_the_judge(tmp_path):
+    rows = rows_of(9)
+    with Server() as server:
+        j = judge_from({'llm': dict(model='m', base_url=server.url, max_tokens=64, price=[1, 2])}, tmp_path)
+        assert j(rows).verdict.tolist() == truth(rows) and len(read_answers(tmp_path/'answers.jsonl')) == 18
+        assert judge_from({'llm': dict(model='m', base_url=server.url)}, tmp_path).estimate(rows)['to_ask'] == 0
+
+
+@pytest.mark.parametrize('spec, why', [
+    (None, 'one kind of judge'), ('gold', 'one kind of judge'),
+    ({}, 'kinds: llm'), ({'llm': {}, 'gold': {}}, 'one kind'),
+    ({'gpt': {}}, 'kinds: llm'), ({3: {}}, 'kinds'), ({'llm': None}, r'eval\.judge\.llm is no section'),
+    ({'llm': {}}, r'eval\.judge\.llm needs model'), ({'llm': dict(model='')}, 'needs model'),
+    ({'llm': dict(model='m', answers='x')}, "no key 'answers'; there are model, task"),
+    ({'llm': {'model': 'm', 4: 1}}, "no key '4'"),
+    ({'llm': dict(model='m', api_key=KEY)}, "no key 'api_key'.*environment"),
+    ({'llm': dict(model='m', temperature='warm')}, r'eval\.judge\.llm: temperature is str: give a number'),
+    ({'llm': dict(model='m', task='funny')}, r'eval\.judge\.llm: task'), ({'llm': dict(model=7)}, 'model is int')])
+def test_sections_that_describe_no_judge(spec, why):
+    with pytest.raises(UserError, match=why) as e: judge_from(spec)
+    assert KEY not in str(e.value)
+
+
+def test_a_kind_of_judge_is_one_row(monkeypatch):
+    monkeypatch.setitem(JUDGES, 'never', lambda section, folder, where: lambda rows: pd.DataFrame(
+        dict(id=rows.id, verdict=section['says'], reason=f'{where} {folder}')))
+    out = judge_from({'never': dict(says='tie')}, 'here')(rows_of(3))
+    assert set(out.verdict) == {'tie'} and out.reason[0] == 'eval.judge.never here'
+    with pytest.raises(UserError, match='kinds: llm, never'): judge_from({})
+
+
 def test_without_a_key_there_is_an_estimate_but_no_judgement(monkeypatch):
     monkeypatch.delenv('OPENAI_API_KEY')
     j = LLMJudge('m')
@@ -528,7 +607,7 @@ def test_without_a_key_there_is_an_estimate_but_no_judgement(monkeypatch):
 
 
 @pytest.mark.parametrize('spoil, why', [(lambda r: pd.concat([r, r.head(1)]), 'id 0 occurs more than once'),
-                                        (lambda r: r.drop(columns='a'), 'a missing'),
+                                        (lambda r: r.drop(columns='a'), "no column 'a'"),
                                         (lambda r: r.assign(b=None), 'id 0: b is not text')])
 def test_bad_rows_are_said(spoil, why):
     with pytest.raises(UserError, match=why): LLMJudge('m', base_url='http://127.0.0.1:1')(spoil(rows_of(3)))
@@ -602,6 +681,49 @@ def test_scores_in_the_file_are_further_judges(completions, tmp_path):
     assert set(numbers['judges']) == {'m (helpful)', 'score'} and numbers['checks']['Agreement'][0]['agreement'] == 7/8
     assert ((tmp_path/'o'/'index.html').read_text().index('prompt 5')
             < (tmp_path/'o'/'index.html').read_text().index('prompt 0'))
+
+
+def test_a_file_is_judged_without_a_command_line(completions, tmp_path):
+    """What there is to tell is told in order, and the cost before anything is asked; the answers lie in the output
+    folder unless the judge has its own file [fails when the cost is said at the end]"""
+    said = []
+    with Server() as server:
+        first = lambda text: said.append((len(server.requests), text))
+        kw = dict(baseline='base', policies=['new'], prompts=3, say=first)
+        assert judge_file(completions, judge(server), tmp_path/'o', dry_run=True, **kw) == 0
+        assert not (tmp_path/'o').exists() and [n for n, _ in said] == [0, 0]
+        assert judge_file(completions, judge(server), tmp_path/'o', **kw) == 0
+        assert (said[2][0] == 0 and '3 pairs, 6 questions' in said[2][1]
+                and said[-1] == (6, f"page: {tmp_path/'o'/'index.html'}"))
+        assert len(read_answers(tmp_path/'o'/'answers.jsonl')) == 6
+        own = judge(server, answers=tmp_path/'own.jsonl')
+        assert judge_file(completions, own, tmp_path/'p', **kw) == 0 and own.bill()['calls'] == 6
+        assert len(read_answers(tmp_path/'own.jsonl')) == 6 and not (tmp_path/'p'/'answers.jsonl').exists()
+
+
+def test_what_a_file_or_a_server_says_reaches_the_terminal_as_text(completions, tmp_path):
+    "[fails when a prompt or a reason is printed as it is]"
+    df = pd.read_json(completions, lines=True)
+    df['prompt'] = df.prompt + '\x1b]0;pwned\x07'
+    df.to_json(completions, orient='records', lines=True)
+    said = []
+    with Server({2: ['500', '...']}) as server, pytest.warns(UserWarning, match='rows failed'):
+        server.RequestHandlerClass = type('Rude', (judge_server.Handler,), dict(
+            f_500=lambda h, *_: h.error(500, 'no \x1b[2J')))
+        kw = dict(policies=['new'], baseline='base', say=said.append)
+        judge_file(completions, judge(server), tmp_path/'o', dry_run=True, **kw)
+        judge_file(completions, judge(server, retries=0), tmp_path/'o', **kw)
+    text = '\n'.join(said)
+    assert '\x1b' not in text and 'pwned' in text and 'failed: ' in text
+
+
+def test_the_stand_in_of_the_notebooks_speaks_the_protocol():
+    score = lambda prompts, answers: [len(a) for a in answers]
+    rows = pd.DataFrame(dict(id=range(2), prompt='p', a=['long one', 'x'], b=['short', 'y']))
+    for kw in (dict(), dict(refuses=['temperature', 'response_format', 'max_tokens'])):
+        with FakeServer(score, **kw) as server:
+            assert LLMJudge('m', base_url=server.url)(rows).verdict.tolist() == ['a', 'tie']
+    with FakeServer(score, likes_first=99) as server: assert LLMJudge('m', base_url=server.url)(rows).flipped.all()
 
 
 def test_mpo_judge_says_what_failed(completions, tmp_path, capsys):
