@@ -160,7 +160,7 @@ def check_adapters(r: Recipe):
         raise UserError('`model.quantize` freezes the base weights: give `model.lora`, too')
     quantization(r.model.quantize)
 
-# %% ../nbs/24_checks.ipynb #d4a791d5
+# %% ../nbs/24_checks.ipynb #67ce8a87
 def check_models(r: Recipe):
     "`UserError` unless all models that the recipe names can be read and used"
     if r.model.size: check_size(r.model.size)
@@ -172,7 +172,7 @@ def check_models(r: Recipe):
     if r.reward.name: check_scorer(r.reward.name, 'reward.name')
     if isinstance(r.eval.judge, str) and r.eval.judge != 'gold': check_scorer(r.eval.judge, 'eval.judge')
     if isinstance(r.eval.judge, dict):
-        from mpo_nb.judge import judge_from
+        from mpo_nb.judging import judge_from
         judge_from(r.eval.judge)
 
 # %% ../nbs/24_checks.ipynb #ad9b9748

@@ -151,11 +151,12 @@ def eval_command(cfg: dict, parts: dict) -> int:
     print(evaluate_file(cfg['file'], **{k: cfg[k] for k in names}))
     return 0
 
-# %% ../nbs/33_cli.ipynb #06cd1bd9
+# %% ../nbs/33_cli.ipynb #a311edc7
 NOT_OPTIONS = 'template', 'answers', 'repeat'   # fields of `LLMJudge` that have options of their own, or none
 
 def judge_options(p):
-    from mpo_nb.judge import JUDGE_HELP, LLMJudge
+    from mpo_nb.judge import LLMJudge
+    from mpo_nb.judging import JUDGE_HELP
     add(p, 'file', help=FILE_HELP)
     for f in dataclasses.fields(LLMJudge):
         if f.name in NOT_OPTIONS or not f.init: continue
@@ -169,10 +170,11 @@ def judge_options(p):
     add(p, '--dry_run', bool, help='show one prompt and what it would cost; ask nothing')
     add(p, '--output_dir', str | None, help='folder of answers and page; null: FILE-judge')
 
-# %% ../nbs/33_cli.ipynb #b821c0a2
+# %% ../nbs/33_cli.ipynb #64e44ba0
 def judge_command(cfg: dict, parts: dict) -> int:
     "`mpo judge FILE --model MODEL`"
-    from mpo_nb.judge import LLMJudge, judge_file
+    from mpo_nb.judge import LLMJudge
+    from mpo_nb.judging import judge_file
     given = {f.name: cfg[f.name] for f in dataclasses.fields(LLMJudge) if f.name in cfg and f.name not in NOT_OPTIONS}
     if cfg['template']: given['template'] = Path(cfg['template']).read_text(encoding='utf-8')
     names = 'output_dir', 'policies', 'baseline', 'prompts', 'dry_run'
@@ -189,10 +191,10 @@ def human_options(p):
     add(p, '--baseline', str | None, help='compare each policy with this one only')
     add(p, '--prompts', int | None, help='only the first so many prompts')
 
-# %% ../nbs/33_cli.ipynb #e07f2746
+# %% ../nbs/33_cli.ipynb #d13e2d6c
 def human_command(cfg: dict, parts: dict) -> int:
     "`mpo human FILE`, then `mpo human FILE --votes SHEET`"
-    from mpo_nb.human import human_file
+    from mpo_nb.people import human_file
     names = 'out', 'votes', 'annotator', 'seed', 'policies', 'baseline', 'prompts'
     return human_file(cfg['file'], **{k: cfg[k] for k in names})
 

@@ -28,10 +28,10 @@ from mpo_nb.prepare import (
     the_judge, trains_judge
 )
 
-# %% ../nbs/29_pipeline.ipynb #6b703c60
+# %% ../nbs/29_pipeline.ipynb #168c8788
 def set_of(work: Work, p: Policy):
     "The pairs that a policy is trained on"
-    from mpo_nb.gap import make_sets
+    from mpo_nb.sets import make_sets
     if p.data == 'all': return pairs_of(work, 'train')
     ds = read_parquet(work.run/'gaps.parquet')
     return make_sets(ds, work.r.gap.sets, work.r.seed)[p.data]
@@ -166,11 +166,11 @@ def win_rows(table) -> list: # of `Comparison.table`
     columns = ['a', 'b', 'wins', 'ties', 'losses', 'win_rate']
     return [dict(row, ci=[lo, hi]) for row, lo, hi in zip(table[columns].to_dict('records'), table.lo, table.hi)]
 
-# %% ../nbs/29_pipeline.ipynb #ae7ca765
+# %% ../nbs/29_pipeline.ipynb #236a9f6c
 def ask_judge(work: Work, df) -> dict: # {name: {win_rates}}; {} where the recipe names no such judge
     "Verdicts of a judge that compares, in `verdicts.parquet`"
     from mpo_nb.compare import compare
-    from mpo_nb.judge import judge_from
+    from mpo_nb.judging import judge_from
     if not isinstance(work.r.eval.judge, dict): return {}
     kept = work.run/'answers'
     kept.mkdir(exist_ok=True)

@@ -6,13 +6,13 @@
 __all__ = ['METHOD_KEYS', 'FIXED', 'STAGE_NAMES', 'Policy', 'check_policy_name', 'own_keys', 'method_keys', 'read_policy',
            'needs', 'check_links', 'training_order', 'only', 'check_data', 'read_policies']
 
-# %% ../nbs/23_policies.ipynb #92fa66ec
+# %% ../nbs/23_policies.ipynb #35a93a4a
 import dataclasses, re
 from copy import deepcopy
 from dataclasses import dataclass, field
 
 from .core import UserError
-from .gap import BASE_SETS, check_sets
+from .sets import BASE_SETS, check_sets
 from .keys import DPOKeys, PPOKeys, Recipe, SFTKeys, bound_error, recipe_keys
 from .recipe import check_key, parse_values
 

@@ -159,14 +159,14 @@ def sample_cards(
     return [dict(prompt=g.prompt.iloc[0].strip(), answers=[answer(a) for a in g.itertuples()])
             for _, g in list(df.groupby('prompt_id', sort=True))[:n]]
 
-# %% ../nbs/25_report.ipynb #3a772575
+# %% ../nbs/25_report.ipynb #3c27366e
 def pair_table(
     df,        # completions.parquet
     e: dict,   # evaluation.json
 ) -> tuple:    # Rows {a, b, wins, …, p_holm, controlled, controlled_ci}; Bradley-Terry {policy: {strength, se}}
     "Every pair of policies: the win rate of `e`, Holm's p value, the rate at equal length; and one order of them all"
     from mpo_nb.compare import compare_scores, pair_rows
-    from mpo_nb.results import length_check
+    from mpo_nb.bias import length_check
     c = compare_scores(df)
     verdicts = c.verdicts.groupby(['a', 'b'], sort=False)
     lengths = {k: length_check(pair_rows(df, *k), v, warn_above=1) for k, v in verdicts}
