@@ -87,7 +87,7 @@ class DPOConfig(TrainingArguments):
     max_prompt_length: int | None = _option(None, 'Keep this many tokens from the end of each prompt.')
     share_prefix: bool = _option(True, 'Compute each prompt once for both completions, where the model allows it.')
     cache_reference: bool = _option(
-        True, 'Keep the reference log-probs on disk (16 bytes a pair, in MPO_NB_CACHE or ~/.cache/mpo_nb) '
+        True, 'Keep the reference log-probs on disk (16 bytes per pair, in MPO_NB_CACHE or ~/.cache/mpo_nb) '
               'and read them if weights, tokens and settings are the same.')
     train_sampling_strategy: str = _option(
         'group_by_length',
@@ -149,7 +149,7 @@ class DPOTrainer(Trainer):
         self.loss_is_scaled_for_ga, self.can_return_loss, self.label_names = True, True, []
         self._set_reference(ref_model)
 
-# %% ../nbs/11_dpo.ipynb #1610067f
+# %% ../nbs/11_dpo.ipynb #80d35fde
 @patch
 def _choose_forward(self: DPOTrainer, ref):
     "The fastest forward pass that gives policy and reference the plain numbers"
@@ -160,7 +160,7 @@ def _choose_forward(self: DPOTrainer, ref):
     self.shares_prefix = self.forward_pass is shared_logps
     if self.args.share_prefix and not self.shares_prefix:
         logger.warning(f'{type(self.model).__name__} cannot share a prompt between two completions in '
-                       f'one row: using one row a completion')
+                       f'one row: using one row per completion')
 
 # %% ../nbs/11_dpo.ipynb #69bae6c1
 @patch
