@@ -7,7 +7,7 @@ __all__ = ['STUDY_KEYS', 'Study', 'grid', 'all_variants', 'check_study', 'load_s
            'study_cells', 'parse_seeds', 'link_tree', 'Shelf', 'Store', 'end_with_parent', 'start_worker', 'run_cell',
            'in_processes', 'run_cells']
 
-# %% ../nbs/31_cells.ipynb #23adfb3d
+# %% ../nbs/31_cells.ipynb #0da397d6
 import itertools, json, multiprocessing, os, re, shutil, threading, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ from mpo_nb.recipe import (
     check_values, load_yaml, make_recipe, parse_values, read_recipe, read_text, recipe_file, with_parts
 )
 from .runs import stage_record
-from .pipeline import run, stages
+from .pipeline import run
 
 # %% ../nbs/31_cells.ipynb #aa00445a
 STUDY_KEYS = dict(

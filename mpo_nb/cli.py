@@ -7,15 +7,15 @@ __all__ = ['FILE_HELP', 'NOT_OPTIONS', 'COMMANDS', 'USAGE', 'WHAT', 'add', 'run_
            'study_options', 'study_command', 'compare_options', 'compare_command', 'gaps_options', 'gaps_command',
            'report_options', 'report_command', 'eval_options', 'eval_command', 'judge_options', 'judge_command',
            'human_options', 'human_command', 'Command', 'formatter', 'command_parser', 'whole_parser',
-           'recipe_defaults', 'with_recipe', 'call', 'main']
+           'recipe_defaults', 'with_recipe', 'underscored', 'call', 'main']
 
-# %% ../nbs/33_cli.ipynb #73343c35
+# %% ../nbs/33_cli.ipynb #36fc7170
 import dataclasses, importlib.metadata, logging, sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
-from .core import UserError, printable, read_json, replacing
+from .core import UserError, read_json, replacing
 from .keys import Recipe
 from mpo_nb.recipe import (
     add_recipe_options, full_options, make_recipe, one_level, one_sentence, parse_values, parts_apart, read_recipe,
@@ -285,11 +285,17 @@ def with_recipe(name: str, argv: list): # (parser, options, single values)
     options, parts = parts_apart(full_options(argv[1:], known=('only', 'print_config')))
     return command_parser(name, recipe_defaults(name, argv)), [argv[0], *options], parts
 
-# %% ../nbs/33_cli.ipynb #5d137775
+# %% ../nbs/33_cli.ipynb #0404ae13
+def underscored(argv: list) -> list:
+    "Options written with dashes (`--output-dir`) as they are called"
+    name = lambda a: '--' + a[2:].partition('=')[0].replace('-', '_') + ''.join(a[2:].partition('=')[1:])
+    return [name(a) if a.startswith('--') else a for a in argv]
+
+# %% ../nbs/33_cli.ipynb #e93f9a51
 def call(name: str, argv: list) -> int:
     "Parse the options of a command and do it"
     from jsonargparse import ArgumentError
-    if not argv: argv = ['--help']
+    argv = underscored(argv) or ['--help']
     p, options, parts = with_recipe(name, argv) if COMMANDS[name].recipe else (command_parser(name), argv, {})
     try: cfg = p.parse_args(options).as_dict()
     except ArgumentError as e: raise one_sentence(e, 'command line') from e

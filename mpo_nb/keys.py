@@ -7,11 +7,11 @@ __all__ = ['POSITIVE', 'NOT_NEGATIVE', 'FINITE', 'SHARE', 'UNIT', 'PAPER', 'Boun
            'ModelKeys', 'TrainingKeys', 'SFTKeys', 'RewardKeys', 'GapKeys', 'DPOKeys', 'PPOKeys', 'EvalKeys', 'Recipe',
            'flat', 'recipe_keys', 'bound_error', 'check_bounds']
 
-# %% ../nbs/21_keys.ipynb #280c58af
+# %% ../nbs/21_keys.ipynb #8c728190
 import dataclasses, math
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Callable, Literal, get_args
+from typing import Callable, Literal
 
 from .core import UserError
 

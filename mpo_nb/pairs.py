@@ -21,7 +21,7 @@ from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from .core import cache_root, UserError
-from .data import FIELDS
+from .sources import FIELDS
 from mpo_nb.logprobs import (
     accepts, Batch, completion_logprobs, encode_completions, encode_prompts, inference, pad_rows
 )

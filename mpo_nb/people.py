@@ -16,7 +16,7 @@ import pandas as pd
 from scipy import stats
 
 from .core import replacing, UserError
-from .compare import read_completions
+from .results import read_completions
 from .judging import baseline_pairs, pick_completions, rows_of_pairs
 from .agreement import pairwise_agreement, rater_agreement, verdict_table
 from .human import Annotation, load_votes, SIDES, vote_rows

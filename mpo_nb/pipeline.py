@@ -81,7 +81,7 @@ def critic_from(reward, tok, args):
     if not ADVANTAGES[args.advantage_estimator].critic or args.share_trunk: return None
     return reward if reward.tok.get_vocab() == tok.get_vocab() else None
 
-# %% ../nbs/29_pipeline.ipynb #6e5ffbe9
+# %% ../nbs/29_pipeline.ipynb #6440d464
 def train_ppo_policy(work: Work, p: Policy):
     "PPO on the prompts of a set, against the reward model; the critic starts from it, too"
     from mpo_nb.ppo_trainer import PPOConfig, PPOTrainer

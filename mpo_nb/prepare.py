@@ -136,7 +136,7 @@ def file_hash(path: Path, size: int, mtime: int) -> str: # size and time: a file
     "Hash of a file's content"
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
-# %% ../nbs/28_prepare.ipynb #0020687f
+# %% ../nbs/28_prepare.ipynb #0ea5c35a
 def source_stamp(r: Recipe):
     "Hashes of the local files that a recipe reads; None for worlds and the Hub"
     from mpo_nb.data import find_source, is_local

@@ -7,8 +7,8 @@ __all__ = ['CURVES', 'TEXT', 'new_figure', 'as_image', 'drawn', 'logged', 'plot_
            'curve_plots', 'result_plots', 'sample_cards', 'pair_table', 'run_files', 'report', 'final_table',
            'gaps_summary', 'set_rows', 'read_noise', 'gaps_report']
 
-# %% ../nbs/25_report.ipynb #fc9d93ce
-import base64, io, json
+# %% ../nbs/25_report.ipynb #cf3b2269
+import base64, io
 from pathlib import Path
 
 import numpy as np

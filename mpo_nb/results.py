@@ -16,7 +16,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 
 from .core import log, replacing, UserError
-from .data import read_rows
+from .sources import read_rows
 from .evaluate import add_scores, distinct_n, new_axes, paired
 from mpo_nb.compare import (
     VERDICTS, Comparison, compare, compare_scores, compare_verdicts, pair_rows, policy_pairs, swap

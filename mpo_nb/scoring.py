@@ -6,9 +6,8 @@
 __all__ = ['GAPS_DEFAULTS', 'YES', 'NO', 'AGREES', 'GAP_STAGES', 'is_classifier', 'gaps_recipe', 'gaps_values', 'plain_label',
            'second_labels', 'write_noise', 'score', 'stage_score', 'stage_page', 'score_gaps']
 
-# %% ../nbs/30_scoring.ipynb #8b40a5e2
+# %% ../nbs/30_scoring.ipynb #5911e49e
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 from .core import UserError, replacing, write_json

@@ -13,16 +13,21 @@ from statsmodels.stats.proportion import proportion_confint
 
 from mpo_nb.core import UserError
 from mpo_nb.evaluate import (
-    add_scores, best_of_n, best_of_n_means, checkpoint_policies, distinct_n, evaluate_policies, fit_frontier,
-    frontier_table, kl_to_ref, mean_ci, paired, plot_frontier, plot_gold_proxy, plot_scores, rouge,
-    side_by_side, stepwise_kl, summarize, summary_table
+    add_scores, distinct_n, evaluate_policies, kl_to_ref, mean_ci, paired, plot_scores, side_by_side,
+    summarize, summary_table
 )
+from mpo_nb.frontier import (
+    best_of_n, best_of_n_means, checkpoint_policies, fit_frontier, frontier_table, plot_frontier,
+    plot_gold_proxy, stepwise_kl
+)
+from mpo_nb.results import rouge
+from mpo_nb.evaluate import across_seeds, paired_difference
 from mpo_nb.compare import (
-    VERDICTS, Comparison, a_first, across_seeds, bootstrap_ci, bradley_terry, common_prompts, compare,
-    compare_scores, disagreement, eval_command, latex_table, length_bias, length_check, outcomes, pair_rows,
-    paired_difference, plot_comparison, plot_win_rates, rate_ci, results_page, score_judge, sign_test, swap,
-    wilson_ci, win_rate, win_rates
+    VERDICTS, Comparison, a_first, bootstrap_ci, bradley_terry, compare, compare_scores, length_bias,
+    outcomes, pair_rows, rate_ci, score_judge, sign_test, swap, wilson_ci, win_rate, win_rates
 )
+from mpo_nb.bias import disagreement, length_check
+from mpo_nb.results import common_prompts, eval_command, latex_table, plot_comparison, plot_win_rates, results_page
 from mpo_nb.logprobs import collate, completion_logits, encode_prompt
 from mpo_nb.sampling import Samples, sample
 from mpo_nb.worlds import get_world

@@ -25,14 +25,15 @@ import judge_server
 from judge_server import Server, best
 from mpo_nb.core import UserError
 from mpo_nb.sources import data_path
-from mpo_nb.compare import a_first, compare, length_check, swap
+from mpo_nb.compare import a_first, compare, swap
+from mpo_nb.bias import length_check
 from mpo_nb.asking import (
     combine, fill, FORMATS, Meter, Question, read_answers, read_verdict, Store, TASKS, TEMPLATE, Unreadable, unswapped
 )
 from mpo_nb.judge import FakeServer, LLMJudge
-from mpo_nb.judging import (
-    judge_command, judge_file, judge_from, JUDGES, position_bias, self_agreement, verdict_agreement
-)
+from mpo_nb.bias import verdict_agreement
+from mpo_nb.judging import judge_file, judge_from, JUDGES, position_bias, self_agreement
+from mpo_nb.cli import judge_command
 
 pytestmark = pytest.mark.filterwarnings('error::UserWarning')
 KEY = 'sk-secret-0123456789'

@@ -164,7 +164,8 @@ def talker(kind='gpt2', eos=3., **kw):
 
 def ppo_trainer(folder, policy=None, ref=None, critic=None, reward=letters, prompts=8, tok=None, trainer=(), **kw):
     "A PPOTrainer for one rollout of 8 completions of up to 6 tokens and one update by SGD, unless `kw` says otherwise"
-    from mpo_nb.ppo_trainer import PPOConfig, PPOTrainer
+    from mpo_nb.ppo_config import PPOConfig
+    from mpo_nb.ppo_trainer import PPOTrainer
     from mpo_nb.training import trainer_defaults
     args = dict(num_rollouts=1, rollout_batch_size=8, num_ppo_epochs=1,
                 per_device_train_batch_size=8, max_new_tokens=6, learning_rate=.05,
