@@ -39,7 +39,7 @@ def agreement_table(
     "How far do the judges agree?"
     def one(x, y):
         try: return dict(judge=x, other=y, **verdict_agreement(comparisons[x].verdicts, comparisons[y].verdicts))
-        except ZeroDivisionError: return 0
+        except UserError: return dict(judge=x, other=y, n=0, agreement=None, ci=None, kappa=None)
     names = list(comparisons)
     return [one(x, y) for i, x in enumerate(names) for y in names[i + 1:]]
 
