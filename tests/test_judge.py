@@ -25,7 +25,8 @@ import judge_server
 from judge_server import Server, best
 from mpo_nb.core import UserError
 from mpo_nb.data import data_path
-from mpo_nb.compare import a_first, compare, length_check, swap
+from mpo_nb.bias import length_check
+from mpo_nb.compare import a_first, compare, swap
 from mpo_nb.judge import (
     FORMATS, LLMJudge, Meter, Question, Store, TASKS, TEMPLATE, Unreadable, _unswapped, verdict_agreement,
     combine, fill, judge_command, position_bias, read_answers, read_verdict, self_agreement
