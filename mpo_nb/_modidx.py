@@ -161,6 +161,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mpo_nb.compare.compare_scores': ('compare.html#compare_scores', 'mpo_nb/compare.py'),
                                 'mpo_nb.compare.compare_verdicts': ('compare.html#compare_verdicts', 'mpo_nb/compare.py'),
                                 'mpo_nb.compare.completions_table': ('compare.html#completions_table', 'mpo_nb/compare.py'),
+                                'mpo_nb.compare.holm': ('compare.html#holm', 'mpo_nb/compare.py'),
                                 'mpo_nb.compare.pair_rows': ('compare.html#pair_rows', 'mpo_nb/compare.py'),
                                 'mpo_nb.compare.policy_pairs': ('compare.html#policy_pairs', 'mpo_nb/compare.py'),
                                 'mpo_nb.compare.rate_ci': ('compare.html#rate_ci', 'mpo_nb/compare.py'),
