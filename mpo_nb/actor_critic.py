@@ -65,7 +65,7 @@ def shared_forward(
 
 # %% ../nbs/12_actor_critic.ipynb #73d6535a
 def entropy(logp, mask):
-    "[B, T] nats: entropy of the distribution at each completion token, given all its log-probs [B, T, V]; 0 where masked"
+    "[B, T] nats, 0 where masked: entropy of what is predicted at each place, given all its log-probs [B, T, V]"
     return -(logp.exp() * logp).sum(-1).masked_fill(~mask, 0.0)
 
 # %% ../nbs/12_actor_critic.ipynb #4b59229c
@@ -117,17 +117,18 @@ def activation_checkpointing_enable(self: ActorCritic, **kw):
 
 ActorCritic.gradient_checkpointing_enable = ActorCritic.activation_checkpointing_enable   # the older name
 
-# %% ../nbs/12_actor_critic.ipynb #dc7c5b93
+# %% ../nbs/12_actor_critic.ipynb #650fb91a
 def flush_rows(samples, rows, pad_id, device=None):
-    "Batch of the given rows of `samples` without a gap between prompt and completion: every row ends at the right edge, and the batch is only as wide as its longest row. `completion_ids` and `mask` are padded on the left, too"
+    """Batch of the given rows of `samples` without a gap between prompt and completion: every row ends at the right
+    edge, and the batch is only as wide as its longest row. `completion_ids` and `mask` are padded on the left, too"""
     prompts, completions = ([ids[i] for i in rows] for ids in (samples.prompt_ids, samples.completion_ids))
     ids, real = pad_rows([p + c for p, c in zip(prompts, completions)], pad_id, 'left')
     batch = Batch(ids, real.long(), (real.cumsum(1) - 1).clamp(min=0), *pad_rows(completions, pad_id, 'left'))
     return batch if device is None else batch.to(device)
 
-# %% ../nbs/12_actor_critic.ipynb #acfdefed
+# %% ../nbs/12_actor_critic.ipynb #d4713102
 def moved(x, here, there):
-    "What stands in `x` [B, T] where mask `here` is True, put where `there` is (as many places in each row); 0 elsewhere"
+    "What stands in `x` [B, T] where mask `here` is True, put where `there` is (as many in each row); 0 elsewhere"
     out = torch.zeros(there.shape, dtype=x.dtype)
     out[there] = x[here]
     return out
@@ -155,12 +156,13 @@ class Rollout:
     values: torch.Tensor        # of the critic; 0 without one
     entropies: torch.Tensor     # of what the policy predicts, nats
 
-# %% ../nbs/12_actor_critic.ipynb #80e1a340
+# %% ../nbs/12_actor_critic.ipynb #5c4cdfef
 def token_numbers(model, ref_model, batch, temperature):
     "What a `Rollout` holds of each token, for the rows of one batch"
     logprobs, entropies, values = model(**vars(batch), temperature=temperature)
     ref = reference_logprobs(ref_model, batch, temperature, *model.least)
-    return dict(logprobs=logprobs, ref_logprobs=ref, entropies=entropies) | ({} if values is None else {'values': values})
+    seen = dict(logprobs=logprobs, ref_logprobs=ref, entropies=entropies)
+    return seen if values is None else seen | dict(values=values)
 
 # %% ../nbs/12_actor_critic.ipynb #db51b414
 def evaluate_samples(

@@ -36,6 +36,7 @@ def checked_scores(reward, samples, missing_eos_penalty):
 # %% ../nbs/12_ppo.ipynb #827fbd01
 KL_ESTIMATORS = {'k1': kl_k1, 'k2': kl_k2, 'k3': kl_k3}
 
+# %% ../nbs/12_ppo.ipynb #fd3dd2f8
 def token_rewards(
     scores: torch.Tensor,       # [B] score of each completion
     logprobs: torch.Tensor,     # [B, T] of the policy that sampled, nats
@@ -68,11 +69,12 @@ def gae(
         advantages[:, t], next_value = following, values[:, t]
     return advantages, advantages + values
 
-# %% ../nbs/12_ppo.ipynb #5a779ed4
+# %% ../nbs/12_ppo.ipynb #aaabefd9
 def over_tokens(x, mask):
     "One number for each completion [B], at all its real tokens [B, T]; 0 elsewhere"
     return torch.where(mask, x[:, None], 0)
 
+# %% ../nbs/12_ppo.ipynb #5e46ea30
 def rloo(
     rewards: torch.Tensor, # [B, T]; rows of one prompt stand together
     values,                # Not read
@@ -138,13 +140,13 @@ def value_loss(
     near = old_values + (values - old_values).clamp(-cliprange, cliprange)
     return torch.maximum((values - returns).square(), (near - returns).square()) / 2
 
-# %% ../nbs/12_ppo.ipynb #2e3721f9
+# %% ../nbs/12_ppo.ipynb #4f101379
 def kl_loss(
     logprobs: torch.Tensor,     # [B, T] of the policy now, nats
     old_logprobs: torch.Tensor, # [B, T] of the policy that sampled
     ref_logprobs: torch.Tensor, # [B, T] of the reference
     kl_estimator: str = 'k1',   # One of `KL_ESTIMATORS`
-) -> torch.Tensor:              # [B, T] nats; its mean estimates KL(policy || ref) with k1 and k3, with k2 only its gradient does
+) -> torch.Tensor:              # [B, T] nats; in expectation the KL itself with k1 and k3, not with k2
     "A loss whose gradient, in expectation over the policy that sampled, is that of KL(policy || ref) at each token"
     ratio = (logprobs - old_logprobs).exp()
     if kl_estimator == 'k2': ratio = ratio.detach()
@@ -235,7 +237,7 @@ def critic_terms(values, mb, cliprange_value):
 # %% ../nbs/12_ppo.ipynb #0f804d60
 def ppo_losses(
     outputs: tuple,        # logprobs, entropy, values [B, T] of `ActorCritic`
-    mb: dict,              # mask, old_logprobs, advantages [B, T]; with a critic old_values, returns; for a KL in the loss ref_logprobs
+    mb: dict,              # Of `minibatch`: what the outputs are compared with, [B, T]
     cliprange: float = 0.2,
     cliprange_value: float = 0.2,
     kl_estimator: str = 'k1',

@@ -8,9 +8,10 @@ __all__ = ['PPO_BOUNDS', 'combined_reward', 'chat_text', 'text_prompts', 'usable
            'batch_sizes', 'PPOConfig', 'load_adapter', 'own_weights', 'trainable_copy', 'classifier_on', 'critic_start',
            'make_critic', 'actor_critic_and_reference']
 
-# %% ../nbs/13_ppo_config.ipynb #6fb91b0d
+# %% ../nbs/13_ppo_config.ipynb #81bb40d8
 import copy
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from .core import log, UserError
 from .logprobs import encode_prompt
-from .training import bare, check_follows, check_trainable, disable_dropout, policy_and_reference, sharing_copy, with_adapter
+from mpo_nb.training import (
+    bare, check_follows, check_trainable, disable_dropout, policy_and_reference, sharing_copy, with_adapter
+)
 from .reward import reward_model_from, RewardModel
 from .actor_critic import ActorCritic, trunk_of, ValueHead
 from .ppo import ADVANTAGES, KL_ESTIMATORS, KL_PLACES, moments, option, PPOSettings
@@ -193,9 +196,9 @@ def check_ppo_config(a):
         for name in names.split():
             if not good(getattr(a, name), a): raise UserError(f'{name} is {getattr(a, name)}: {what}')
 
-# %% ../nbs/13_ppo_config.ipynb #8c2b4416
+# %% ../nbs/13_ppo_config.ipynb #a46d8a70
 def batch_sizes(a, world_size):
-    "(rows of one optimizer step on one process, rows at a time, accumulation steps); `UserError` where rows can't be shared out evenly"
+    "Rows of one optimizer step on one process, rows at a time, accumulation steps; `UserError` where they don't divide"
     for name in ('num_mini_batches', 'num_generations'):
         if a.rollout_batch_size % (getattr(a, name) * world_size):
             raise UserError(f'rollout_batch_size {a.rollout_batch_size} must be a multiple of {name} × processes = '
@@ -224,7 +227,7 @@ class PPOConfig(PPOSettings, RolloutSettings, PracticeSettings, TrainingArgument
     @property
     def steps_per_rollout(self): return self.num_ppo_epochs * self.num_mini_batches
 
-# %% ../nbs/13_ppo_config.ipynb #3203acbc
+# %% ../nbs/13_ppo_config.ipynb #982e8ba6
 def load_adapter(
     base,                     # Model in memory; stays as it is, but for `requires_grad`: its weights are frozen
     folder,                   # Adapter that `PeftModel.save_pretrained` wrote
@@ -235,13 +238,16 @@ def load_adapter(
     if not (Path(folder)/'adapter_config.json').is_file():
         raise UserError(f'folder {Path(folder).name} holds no adapter (adapter_config.json is missing): '
                         f'load a whole model with load_model')
-    return PeftModel.from_pretrained(sharing_copy(base, lambda p: True), folder, is_trainable=trainable).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', FutureWarning)   # PEFT asks transformers for a name that it has deprecated
+        return PeftModel.from_pretrained(sharing_copy(base, lambda p: True), folder, is_trainable=trainable).eval()
 
-# %% ../nbs/13_ppo_config.ipynb #0a4e00e3
+# %% ../nbs/13_ppo_config.ipynb #42dc8e6b
 def own_weights(model):
     "Names of the parameters that an adapter added to a model"
     return {k for k, _ in model.named_parameters() if f'.{model.active_adapter}.' in f'{k}.'}
 
+# %% ../nbs/13_ppo_config.ipynb #187939c6
 def trainable_copy(
     model,  # `peft.PeftModel`, frozen or not
 ):
@@ -266,7 +272,7 @@ def classifier_on(
 
 # %% ../nbs/13_ppo_config.ipynb #a8a974fc
 def critic_start(value_model, policy, tok, seed, adapter):
-    "The network that the critic starts as, not a copy: a reward model's, one with one label, or by default a new head on the policy's trunk"
+    "The network that the critic starts as, not a copy: the given one, or by default a new head on the policy's trunk"
     if isinstance(value_model, RewardModel):
         if value_model.tok.get_vocab() != tok.get_vocab():
             raise UserError("the critic reads the policy's token ids, but the reward model has another vocabulary: "
@@ -278,7 +284,7 @@ def critic_start(value_model, policy, tok, seed, adapter):
                         f'and {type(value_model).__name__} has none: leave value_model out')
     return value_model
 
-# %% ../nbs/13_ppo_config.ipynb #b5308912
+# %% ../nbs/13_ppo_config.ipynb #f1b87fc0
 def make_critic(
     value_model,       # `RewardModel`, model with one label, or None
     policy,            # Model to train, without a new adapter
@@ -286,13 +292,13 @@ def make_critic(
     seed: int = 0,     # Seed of a new head or adapter
     peft_config=None,  # Adapter of the policy; by default that which it has already
 ):
-    "A critic with weights of its own; beside an adapted policy an adapter and a head on the weights of what it starts from"
+    "A critic with weights of its own; beside an adapted policy these are an adapter and a head on shared weights"
     if peft_config is None and hasattr(policy, 'peft_config'): peft_config = policy.peft_config[policy.active_adapter]
     start = critic_start(value_model, policy, tok, seed, peft_config is not None)
     if hasattr(start, 'peft_config'): return trainable_copy(start)
     if peft_config is not None:
         return with_adapter(start, peft_config, seed + 1, task_type='SEQ_CLS', modules_to_save=['score'],
-                            inference_mode=False)
+                            inference_mode=False, base_model_name_or_path=None)
     if value_model is None: return start
     critic = copy.deepcopy(start)      # one that only scores may be frozen
     return critic.requires_grad_(True) if isinstance(value_model, RewardModel) else critic

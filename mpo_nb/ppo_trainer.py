@@ -37,19 +37,21 @@ from mpo_nb.ppo_config import (
 
 # %% ../nbs/13_ppo_trainer.ipynb #788698c2
 class PPOTrainer(Trainer):
-    "PPO on `transformers.Trainer`: `PPOTrainer(model, ref_model, reward, value_model, args, train_dataset=prompts, processing_class=tok).train()`"
+    """PPO on `transformers.Trainer`:
+    `PPOTrainer(model, ref_model, reward, value_model, args, train_dataset=prompts, processing_class=tok).train()`.
+    With `peft_config` the `model` itself is frozen and is the reference; what is trained is `trainer.policy`"""
     def __init__(self,
         model: PreTrainedModel,            # Policy to train
         ref_model: PreTrainedModel = None, # Reference of the KL; by default a frozen copy of `model` as it is now
-        reward=None,                       # `RewardModel`, function (prompts, completions) -> scores, or list of (weight, reward)
+        reward=None,                       # `RewardModel`, function of texts, or list of (weight, reward)
         value_model=None,                  # Start of the critic: `RewardModel` (copied) or a model with one label
         args: PPOConfig = None,
         train_dataset: Dataset = None,     # Column prompt: text or chats
         eval_dataset: Dataset = None,      # Column prompt
         processing_class=None,             # Tokenizer
         callbacks: list = None,            # `TrainerCallback`s
-        peft_config=None,                  # `peft.LoraConfig`: new adapters on policy and critic, reference without; `model` itself is frozen, the result is `trainer.policy`
-        monitors: dict = None,             # name -> function (prompts, completions) -> scores; logged as objective/name, never trained on
+        peft_config=None,                  # `peft.LoraConfig`: new adapters on policy and critic
+        monitors: dict = None,             # name -> (prompts, completions) -> scores: logged as objective/name
         **kw,                              # optimizers, … of `Trainer`
     ):
         check_given(reward, args)
@@ -84,10 +86,11 @@ def plan_steps(args, n):
                                       else passes / args.rollout_batch_size)
     args.max_steps = args.num_rollouts * args.steps_per_rollout
 
-# %% ../nbs/13_ppo_trainer.ipynb #f3e0972e
+# %% ../nbs/13_ppo_trainer.ipynb #504c459c
 @patch(as_prop=True)
 def policy(self: PPOTrainer): return self.model.policy
 
+# %% ../nbs/13_ppo_trainer.ipynb #19d77635
 @patch
 def _total(self: PPOTrainer, x):
     "Sum over processes"
@@ -157,7 +160,7 @@ def explained_variance(returns, values, mask, reduce=lambda t: t):
     "1 - Var(returns - values) / Var(returns) over real tokens: 1 is a perfect critic, 0 one that knows only the mean"
     return 1 - moments(returns - values, mask, reduce)[1] / moments(returns, mask, reduce)[1].clamp(min=1e-8)
 
-# %% ../nbs/13_ppo_trainer.ipynb #626b2148
+# %% ../nbs/13_ppo_trainer.ipynb #0d12eead
 @patch
 def _notes(self: PPOTrainer, stats):
     "Log entries of critic and KL coefficient; with a KL target the next rollout gets another coefficient"
@@ -166,7 +169,8 @@ def _notes(self: PPOTrainer, stats):
         notes['val/explained_variance'] = float(explained_variance(e.returns, e.values, e.mask, self._total))
     if a.kl_target is not None:
         notes['objective/kl_coef'] = self.kl_coef
-        self.kl_coef = next_kl_coef(self.kl_coef, stats['objective/kl'], a.kl_target, a.rollout_batch_size, a.kl_horizon)
+        self.kl_coef = next_kl_coef(self.kl_coef, stats['objective/kl'], a.kl_target, a.rollout_batch_size,
+                                    a.kl_horizon)
     return notes
 
 # %% ../nbs/13_ppo_trainer.ipynb #cf0707ec
@@ -215,13 +219,14 @@ def get_train_dataloader(self: PPOTrainer):
     return DataLoader(range(self.args.max_steps * self.args.gradient_accumulation_steps), batch_size=1,
                       collate_fn=lambda t: {'ticket': t[0]})
 
-# %% ../nbs/13_ppo_trainer.ipynb #85635ee4
+# %% ../nbs/13_ppo_trainer.ipynb #31bcbc53
 @patch
 def _shuffled(self: PPOTrainer, k, epoch):
     "The rows of rollout `k` in the order of pass `epoch`"
     g = torch.Generator().manual_seed((self.args.seed * 1_000_003 + k) * 1_009 + epoch)
     return torch.randperm(len(self.experience.samples), generator=g).tolist()
 
+# %% ../nbs/13_ppo_trainer.ipynb #d595a1c8
 @patch
 def _micro_batch(self: PPOTrainer, rows):
     "Rows of the present rollout, as a forward pass wants them"
@@ -241,7 +246,7 @@ def get_batch_samples(self: PPOTrainer, epoch_iterator, num_batches, device):
     tokens, size = self._total(self.experience.mask[rows].sum()), a.per_device_train_batch_size
     return [self._micro_batch(rows[i:i + size]) for i in range(0, len(rows), size)], tokens
 
-# %% ../nbs/13_ppo_trainer.ipynb #01d2a7ec
+# %% ../nbs/13_ppo_trainer.ipynb #73e58227
 @patch
 def _stop_when_far(self: PPOTrainer, step):
     "Skip the rest of a rollout's updates once one of them has found the policy beyond `target_kl`"
@@ -250,6 +255,7 @@ def _stop_when_far(self: PPOTrainer, step):
     self.stopped, self.step_kl = step > 0 and (self.stopped or far), 0.0
     self.metrics_seen.add('train', **{'policy/skipped': float(self.stopped)})
 
+# %% ../nbs/13_ppo_trainer.ipynb #3c4b7d53
 @patch
 def training_step(self: PPOTrainer, model, inputs, num_items_in_batch=None):
     "A skipped step has no backward pass: every gradient stays None, and the optimizer leaves weights and moments alone"
@@ -331,7 +337,7 @@ def load_part(part, folder):
     if unknown:
         raise UserError(f'checkpoint {folder.name} holds another adapter: {unknown[0]} has no place in this one')
 
-# %% ../nbs/13_ppo_trainer.ipynb #9e0fd4a7
+# %% ../nbs/13_ppo_trainer.ipynb #329ba346
 @patch
 def _parts(self: PPOTrainer, folder, reference=True):
     "What a checkpoint holds: (part, its folder) of policy, critic where there is one, and a reference that moves"
@@ -339,9 +345,10 @@ def _parts(self: PPOTrainer, folder, reference=True):
     if reference and self.args.ref_ema is not None: parts.append((self.ref_model, folder/'reference'))
     return [(part, f) for part, f in parts if part is not None]
 
+# %% ../nbs/13_ppo_trainer.ipynb #b183ba98
 @patch
 def _save(self: PPOTrainer, output_dir=None, state_dict=None):
-    "Policy and tokenizer in `output_dir`, the critic in `output_dir/critic`, a reference that moves in `output_dir/reference`"
+    "Policy and tokenizer in `output_dir`, the critic in its folder `critic`, a moving reference in `reference`"
     out = Path(output_dir or self.args.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     for part, folder in self._parts(out): save_part(part, folder)
@@ -366,6 +373,7 @@ def _load_best_model(self: PPOTrainer):
     "Policy and critic of the best checkpoint"
     for part, folder in self._parts(Path(self.state.best_model_checkpoint), reference=False): load_part(part, folder)
 
+# %% ../nbs/13_ppo_trainer.ipynb #4da0a013
 @patch
 def _load_from_checkpoint(self: PPOTrainer, resume_from_checkpoint, model=None):
     "Put policy, critic, a moved reference, an unfinished rollout and the state of the run back"
@@ -419,15 +427,15 @@ def rollouts_to_reach(
     "The first rollout at whose end the mean of the last `window` values is at least `target`"
     return next((k for k in range(window, len(curve) + 1) if sum(curve[k - window:k]) / window >= target), None)
 
-# %% ../nbs/13_ppo_trainer.ipynb #e663d9f5
+# %% ../nbs/13_ppo_trainer.ipynb #7068b291
 def rollouts_to_gold(
     ppo: list,                     # `log_history` of PPO from the SFT model
     mpo: list,                     # The same of PPO from the DPO model
     window: int = 5,               # Values that are averaged
     key: str = 'objective/gold',   # Log entry that holds the gold score
     every: int = 1,                # Rollouts from one entry to the next
-) -> dict:                         # final (gold of PPO at its end), ppo (its rollouts), mpo (rollouts until it has reached that; None: not), share
-    "How many of PPO's rollouts does PPO from the DPO model need for the gold score that PPO from the SFT model ends with?"
+) -> dict:                         # final gold of PPO, its rollouts, those of MPO until that (None: never), share
+    "How many of PPO's rollouts does PPO from the DPO model need for the gold that PPO from the SFT model ends with?"
     gold = [[l[key] for l in log if key in l] for log in (ppo, mpo)]
     if min(map(len, gold)) < window:
         raise UserError(f'a run has only {min(map(len, gold))} entries {key}: at least {window} are needed')
