@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STUDY_KEYS', 'Study', 'grid', 'all_variants', 'check_study', 'load_study', 'cell_folder', 'cell_recipe', 'one_nested',
-           'study_cells', 'parse_seeds', 'link_tree', 'Shelf', 'Store', 'end_with_parent', 'start_worker', 'run_cell',
-           'in_processes', 'run_cells']
+           'study_cells', 'parse_seeds', 'link_tree', 'Shelf', 'StageStore', 'end_with_parent', 'start_worker',
+           'run_cell', 'in_processes', 'run_cells']
 
 # %% ../nbs/31_cells.ipynb #0da397d6
 import itertools, json, multiprocessing, os, re, shutil, threading, time
@@ -157,9 +157,9 @@ class Shelf:
             tmp.mkdir()
             for name in (*stage.writes, stage.name): link_tree(Path(run)/name, tmp/name)
 
-# %% ../nbs/31_cells.ipynb #4aac2d87
+# %% ../nbs/31_cells.ipynb #77306478
 @dataclass
-class Store:
+class StageStore:
     "Results of stages by key"
     folder: Path
 
@@ -184,10 +184,10 @@ def start_worker():
     end_with_parent()
     torch.set_num_threads(1)
 
-# %% ../nbs/31_cells.ipynb #e7c28ae1
+# %% ../nbs/31_cells.ipynb #670f77fa
 def run_cell(study: Study, variant: str, seed: int, folder: Path) -> str: # '' or what went wrong
     "One cell; an error is returned, not raised, so that the others go on"
-    try: run(cell_recipe(study, variant, seed, folder), 'off', store=Store(Path(folder)/'stages'))
+    try: run(cell_recipe(study, variant, seed, folder), 'off', store=StageStore(Path(folder)/'stages'))
     except UserError as e: return str(e)
     except Exception as e: return f'{type(e).__name__}: {str(e)[:300]}'
     return ''

@@ -195,7 +195,7 @@ def method_configs() -> dict: # method -> configuration class
     "Which configuration each method is trained with"
     from transformers import TrainingArguments
     from mpo_nb.dpo import DPOConfig
-    from mpo_nb.ppo_trainer import PPOConfig
+    from mpo_nb.ppo_config import PPOConfig
     return dict(sft=TrainingArguments, dpo=DPOConfig, ppo=PPOConfig)
 
 # %% ../nbs/24_checks.ipynb #e813232c

@@ -84,7 +84,8 @@ def critic_from(reward, tok, args):
 # %% ../nbs/29_pipeline.ipynb #6440d464
 def train_ppo_policy(work: Work, p: Policy):
     "PPO on the prompts of a set, against the reward model; the critic starts from it, too"
-    from mpo_nb.ppo_trainer import PPOConfig, PPOTrainer
+    from mpo_nb.ppo_config import PPOConfig
+    from mpo_nb.ppo_trainer import PPOTrainer
     from mpo_nb.reward import RewardModel
     from mpo_nb.training import trainer_defaults
     model, ref, tok = start_and_reference(work, p)

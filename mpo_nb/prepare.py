@@ -139,7 +139,7 @@ def file_hash(path: Path, size: int, mtime: int) -> str: # size and time: a file
 # %% ../nbs/28_prepare.ipynb #0ea5c35a
 def source_stamp(r: Recipe):
     "Hashes of the local files that a recipe reads; None for worlds and the Hub"
-    from mpo_nb.data import find_source, is_local
+    from mpo_nb.sources import find_source, is_local
     source = r.data.source and find_source(r.data.source)
     if not source or not is_local(source): return None
     root = Path(source).expanduser()

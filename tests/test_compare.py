@@ -19,10 +19,11 @@ from mpo_nb.compare import (
     OUTCOME, VERDICTS, Comparison, a_first, bootstrap_ci, bradley_terry, compare, compare_scores, compare_verdicts,
     holm, pair_rows, rate_ci, score_judge, score_verdicts, sign_test, swap, wilson_ci
 )
+from mpo_nb.cli import call
 from mpo_nb.core import UserError
 from mpo_nb.evaluate import across_seeds, paired_difference
 from mpo_nb.results import (
-    common_prompts, eval_command, evaluate_file, join_verdicts, latex_table, match_verdicts, plot_comparison,
+    common_prompts, evaluate_file, join_verdicts, latex_table, match_verdicts, plot_comparison,
     plot_win_rates, read_completions, read_verdicts, results_page, rouge, votes_judge
 )
 
@@ -405,7 +406,7 @@ def test_mpo_eval_on_any_file(tmp_path, capsys, suffix):
      '.jsonl.gz': lambda: df.to_json(path, orient='records', lines=True),
      '.json': lambda: df.to_json(path, orient='records'),
      '.csv': lambda: df.to_csv(path, index=False), '.parquet': lambda: df.to_parquet(path)}[suffix]()
-    assert eval_command([str(path), '--baseline', 'sft']) == 0
+    assert call('eval', [str(path), '--baseline', 'sft']) == 0
     said, out = capsys.readouterr().out, tmp_path/f'c{suffix}-eval'
     assert 'mpo sft 20' in re.sub(' +', ' ', said) and 'mpo dpo' not in re.sub(' +', ' ', said) and 'repetition' in said
     numbers = json.loads((out/'comparison.json').read_text())['judges']['score']
@@ -421,15 +422,15 @@ def test_mpo_eval_bad_files(tmp_path, capsys):
                      (df.assign(completion=df.completion.where(df.index != 7)), 'row 8: completion is not text'),
                      (df.drop(index=3), "'sft': prompt_id 3 is missing"),
                      (pd.concat([df, df.iloc[[2]]]), 'more than once')):
-        with pytest.raises(UserError, match=why): eval_command([write(bad)])
-    with pytest.raises(UserError, match="no column 'gold'"): eval_command([write(df), '--scores', '[gold]'])
-    with pytest.raises(UserError, match='does not hold numbers'): eval_command([write(df), '--scores', '[prompt]'])
-    with pytest.raises(UserError, match='colour'): eval_command([write(df), '--colour', 'red'])
-    with pytest.raises(UserError, match='does not exist'): eval_command([str(tmp_path/'none.jsonl')])
-    assert (eval_command([write(df.drop(index=3)), '--common', '--output-dir', str(tmp_path/'o')]) == 0
+        with pytest.raises(UserError, match=why): call('eval', [write(bad)])
+    with pytest.raises(UserError, match="no column 'gold'"): call('eval', [write(df), '--scores', '[gold]'])
+    with pytest.raises(UserError, match='does not hold numbers'): call('eval', [write(df), '--scores', '[prompt]'])
+    with pytest.raises(UserError, match='colour'): call('eval', [write(df), '--colour', 'red'])
+    with pytest.raises(UserError, match='does not exist'): call('eval', [str(tmp_path/'none.jsonl')])
+    assert (call('eval', [write(df.drop(index=3)), '--common', '--output-dir', str(tmp_path/'o')]) == 0
             and '--common' not in capsys.readouterr().out)
     assert json.loads((tmp_path/'o'/'comparison.json').read_text())['judges']['score']['pairs'][0]['n'] == 4
-    assert eval_command([write(df.drop(columns='score'))]) == 0 and 'no score column' in capsys.readouterr().out
+    assert call('eval', [write(df.drop(columns='score'))]) == 0 and 'no score column' in capsys.readouterr().out
 
 
 def test_item68_common_prompts_says_both_n(caplog):
@@ -457,7 +458,7 @@ def test_verdicts_of_people_are_one_more_judge(tmp_path, capsys, suffix):
     said = [(f'question {i}', f'mpo answers {i}', f'sft answers {i}', 'a' if i % 4 else 'b', 'Ann') for i in range(12)]
     said += [(f'question {i}', f'sft answers {i}', f'mpo answers {i}', 'b', 'Bob') for i in range(2)]   # other order
     votes = votes_file(tmp_path, said, 'votes' + suffix)
-    assert eval_command([str(tmp_path/'c.parquet'), '--verdicts', str(votes)]) == 0
+    assert call('eval', [str(tmp_path/'c.parquet'), '--verdicts', str(votes)]) == 0
     numbers = json.loads((tmp_path/'c.parquet-eval'/'comparison.json').read_text())
     [pair] = numbers['judges']['people']['pairs']
     # prompt 0: one vote each way is a tie; prompts 4 and 8 are losses

@@ -33,7 +33,7 @@ from mpo_nb.asking import (
 from mpo_nb.judge import FakeServer, LLMJudge
 from mpo_nb.bias import verdict_agreement
 from mpo_nb.judging import judge_file, judge_from, JUDGES, position_bias, self_agreement
-from mpo_nb.cli import judge_command
+from mpo_nb.cli import call
 
 pytestmark = pytest.mark.filterwarnings('error::UserWarning')
 KEY = 'sk-secret-0123456789'
@@ -522,7 +522,7 @@ def test_the_key_goes_to_the_server_and_nowhere_else(tmp_path, capsys, caplog):
     rows.melt(['id', 'prompt'], ['a', 'b'], 'policy',
               'completion').drop(columns='id').to_json(tmp_path/'c.jsonl', orient='records', lines=True)
     with Server() as server:
-        assert judge_command([str(tmp_path/'c.jsonl'), '--model', 'm', '--base-url', server.url, '--output-dir',
+        assert call('judge', [str(tmp_path/'c.jsonl'), '--model', 'm', '--base-url', server.url, '--output-dir',
                               str(out)]) == 0
         assert {auth for _, _, auth in server.requests} == {f'Bearer {KEY}'}
         server.faults = {i: ['401', '...'] for i in range(4)}
@@ -649,13 +649,13 @@ def test_mpo_judge_from_file_to_page(completions, tmp_path, capsys):
     with Server() as server:
         args = [str(completions), '--model', 'm', '--base_url', server.url, '--output-dir', str(out),
                 '--price', '[1, 2]']
-        assert judge_command([*args, '--dry-run']) == 0
+        assert call('judge', [*args, '--dry-run']) == 0
         said = capsys.readouterr().out
         assert (not server.requests and not out.exists() and '24 pairs, 48 questions' in said and 'question' in said
                 and 'cost at most' in said)
-        assert judge_command(args) == 0
+        assert call('judge', args) == 0
         said, asked = capsys.readouterr().out, len(server.requests)
-        assert judge_command(args) == 0 and len(server.requests) == asked == 48
+        assert call('judge', args) == 0 and len(server.requests) == asked == 48
     assert 'used: 48 calls, 48 replies, 4800 prompt_tokens' in said
     numbers = json.loads((out/'comparison.json').read_text())
     pairs = numbers['judges']['m (helpful)']['pairs']
@@ -676,7 +676,7 @@ def test_scores_in_the_file_are_further_judges(completions, tmp_path):
                                             .astype(float) * np.where(d.prompt == 'question 5', -1, 1))
     df.to_json(completions, orient='records', lines=True)
     with Server() as server:
-        assert judge_command([str(completions), '--model', 'm', '--base-url', server.url, '--output-dir',
+        assert call('judge', [str(completions), '--model', 'm', '--base-url', server.url, '--output-dir',
                               str(tmp_path/'o')]) == 0
     numbers = json.loads((tmp_path/'o'/'comparison.json').read_text())
     assert set(numbers['judges']) == {'m (helpful)', 'score'} and numbers['checks']['Agreement'][0]['agreement'] == 7/8
@@ -729,7 +729,7 @@ def test_the_stand_in_of_the_notebooks_speaks_the_protocol():
 
 def test_mpo_judge_says_what_failed(completions, tmp_path, capsys):
     with Server({2: ['500', '...']}) as server, pytest.warns(UserWarning, match='1 of 8 rows failed'):
-        assert judge_command([str(completions), '--model', 'm', '--base-url', server.url, '--retries', '0',
+        assert call('judge', [str(completions), '--model', 'm', '--base-url', server.url, '--retries', '0',
                               '--baseline', 'base', '--policies', '[new]', '--output-dir', str(tmp_path/'o')]) == 1
     assert '1 failed: a shown as A: InternalServerError' in capsys.readouterr().out
 
@@ -743,7 +743,7 @@ def test_mpo_judge_says_what_failed(completions, tmp_path, capsys):
                           (['{file}', '--model', 'm', '--policies', '[new]'], 'a comparison needs two'),
                           (['--model', 'm'], 'first say which')])
 def test_mpo_judge_bad_arguments_are_one_sentence(completions, args, why):
-    with pytest.raises(UserError, match=why): judge_command([a.format(file=completions) for a in args])
+    with pytest.raises(UserError, match=why): call('judge', [a.format(file=completions) for a in args])
 
 
 # ---- a real server

@@ -18,7 +18,8 @@ from mpo_nb.actor_critic import ActorCritic
 from mpo_nb.core import UserError
 from mpo_nb.logprobs import collate, encode_prompt
 from mpo_nb.ppo import ADVANTAGES, KL_ESTIMATORS, AdvantageEstimator, kl_loss, over_tokens, rloo
-from mpo_nb.ppo_config import PPOConfig, classifier_on, load_adapter, make_critic, rollout_rows
+from mpo_nb.training import load_adapter
+from mpo_nb.ppo_config import PPOConfig, classifier_on, make_critic, rollout_rows
 from mpo_nb.ppo_trainer import load_experience
 from mpo_nb.reward import RewardModel, reward_model_from
 from test_ppo import (AtTheEnd, end_state, little_run, lora, plain_gae, plain_rewards, storages, two, updates)
