@@ -79,9 +79,9 @@ def study_command(cfg: dict, parts: dict) -> int:
     print(f'page: {folder/"index.html"}')
     return int(bool(failed))
 
-# %% ../nbs/33_cli.ipynb #8ee09d48
+# %% ../nbs/33_cli.ipynb #5fd57244
 def compare_options(p):
-    add(p, 'runs', list[str], help='folders of finished runs of one recipe with different seeds', nargs='+')
+    add(p, 'runs', str, help='folders of finished runs of one recipe with different seeds', nargs='+')
     add(p, '--against', str, 'mpo', 'policy that the others are compared with')
 
 # %% ../nbs/33_cli.ipynb #7d254965
@@ -151,7 +151,7 @@ def eval_command(cfg: dict, parts: dict) -> int:
     print(evaluate_file(cfg['file'], **{k: cfg[k] for k in names}))
     return 0
 
-# %% ../nbs/33_cli.ipynb #02b1bcba
+# %% ../nbs/33_cli.ipynb #a74b0c63
 NOT_OPTIONS = 'template', 'answers', 'repeat'   # fields of `LLMJudge` that have options of their own, or none
 JUDGE_TYPES = dict(price=tuple[float, float] | None, base_url=str | None, budget_calls=int | None,
                    budget_tokens=int | None)
@@ -164,7 +164,8 @@ def judge_options(p):
         if f.name in NOT_OPTIONS or not f.init: continue
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         default = None if required else f.default if f.default is not dataclasses.MISSING else f.default_factory()
-        add(p, f'--{f.name}', JUDGE_TYPES.get(f.name, f.type), default, JUDGE_HELP.get(f.name, '').replace('%', '%%'), required=required)
+        text = JUDGE_HELP.get(f.name, '').replace('%', '%%')
+        add(p, f'--{f.name}', JUDGE_TYPES.get(f.name, f.type), default, text, required=required)
     add(p, '--template_file', str | None, help='file with a prompt of your own: {prompt}, {first}, {second} in it')
     add(p, '--policies', list[str] | None, help='policies to compare; null: all')
     add(p, '--baseline', str | None, help='compare each policy with this one only')
@@ -261,10 +262,11 @@ def command_parser(
     if defaults: p.set_defaults(defaults)
     return p
 
-# %% ../nbs/33_cli.ipynb #76146550
+# %% ../nbs/33_cli.ipynb #17ad59c1
 def whole_parser():
     "The parser of everything, for `mpo --help` and completion"
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, set_parsing_settings
+    set_parsing_settings(add_print_completion_argument=True)
     p = ArgumentParser(prog='mpo', description=USAGE, formatter_class=formatter(), exit_on_error=False,
                        version=importlib.metadata.version('mpo_nb'))
     commands = p.add_subcommands(required=False, metavar='COMMAND')
@@ -280,7 +282,7 @@ def recipe_defaults(name: str, argv: list) -> dict:
     path = recipe_file(argv[0])
     return one_level(parse_values(read_recipe(argv[0]), path.name).as_dict())
 
-# %% ../nbs/33_cli.ipynb #a941909d
+# %% ../nbs/33_cli.ipynb #0ec25c22
 WHAT = dict(run='which recipe: mpo run toy|stories|hh-rlhf|tldr|FILE.yaml',
             gaps='which data: mpo gaps FILE --model MODEL')
 
@@ -290,7 +292,7 @@ def with_recipe(name: str, argv: list): # (parser, options, single values)
         given = [a for a in argv if not a.startswith('-')][:1]
         return command_parser(name, recipe_defaults(name, given) if given or name == 'gaps' else None), ['--help'], {}
     if not argv or argv[0].startswith('-'): raise UserError(f'first say {WHAT[name]} [--key value ...]')
-    options, parts = parts_apart(full_options(argv[1:], known=('only', 'print_config')))
+    options, parts = parts_apart(full_options(argv[1:], known=('only',)))
     return command_parser(name, recipe_defaults(name, argv)), [argv[0], *options], parts
 
 # %% ../nbs/33_cli.ipynb #0404ae13
@@ -299,15 +301,16 @@ def underscored(argv: list) -> list:
     name = lambda a: '--' + a[2:].partition('=')[0].replace('-', '_') + ''.join(a[2:].partition('=')[1:])
     return [name(a) if a.startswith('--') else a for a in argv]
 
-# %% ../nbs/33_cli.ipynb #e93f9a51
+# %% ../nbs/33_cli.ipynb #5365d3d5
 def call(name: str, argv: list) -> int:
     "Parse the options of a command and do it"
     from jsonargparse import ArgumentError
-    argv = underscored(argv) or ['--help']
+    shown = '--print_config' in (argv := underscored(argv) or ['--help'])
+    argv = [a for a in argv if a != '--print_config']   # jsonargparse has an option of that name, with a value
     p, options, parts = with_recipe(name, argv) if COMMANDS[name].recipe else (command_parser(name), argv, {})
     try: cfg = p.parse_args(options).as_dict()
     except ArgumentError as e: raise one_sentence(e, 'command line') from e
-    return COMMANDS[name].call(cfg, parts)
+    return COMMANDS[name].call(cfg | dict(print_config=shown), parts)
 
 # %% ../nbs/33_cli.ipynb #a2b7c398
 def main(
@@ -325,5 +328,6 @@ def main(
     except UserError as e: print(f'mpo: {e}', file=sys.stderr); return 2
     except KeyboardInterrupt: print('mpo: stopped; the same command goes on from here', file=sys.stderr); return 130
 
-# %% ../nbs/33_cli.ipynb #02129ed3
-if __name__ == '__main__': sys.exit(main())   # python -m mpo_nb.cli, also under `accelerate launch`
+# %% ../nbs/33_cli.ipynb #23e762f0
+# python -m mpo_nb.cli, also under `accelerate launch`; a notebook has no `__file__`
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())
