@@ -152,9 +152,10 @@ def kl_loss(
     if kl_estimator == 'k2': ratio = ratio.detach()
     return ratio * KL_ESTIMATORS[kl_estimator](logprobs, ref_logprobs)
 
-# %% ../nbs/12_ppo.ipynb #2f9c32df
+# %% ../nbs/12_ppo.ipynb #c267accb
 KL_PLACES = 'reward', 'loss'
 
+# %% ../nbs/12_ppo.ipynb #3dcad33a
 def kl_prices(kl_coef, kl_in):
     "(β in the reward, β in the loss), one of them 0"
     return (kl_coef, 0.) if kl_in == 'reward' else (0., kl_coef)
