@@ -574,7 +574,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'mpo_nb.ppo_config.combined_reward': ('ppo_config.html#combined_reward', 'mpo_nb/ppo_config.py'),
                                    'mpo_nb.ppo_config.critic_start': ('ppo_config.html#critic_start', 'mpo_nb/ppo_config.py'),
                                    'mpo_nb.ppo_config.follow': ('ppo_config.html#follow', 'mpo_nb/ppo_config.py'),
-                                   'mpo_nb.ppo_config.load_adapter': ('ppo_config.html#load_adapter', 'mpo_nb/ppo_config.py'),
                                    'mpo_nb.ppo_config.make_critic': ('ppo_config.html#make_critic', 'mpo_nb/ppo_config.py'),
                                    'mpo_nb.ppo_config.next_kl_coef': ('ppo_config.html#next_kl_coef', 'mpo_nb/ppo_config.py'),
                                    'mpo_nb.ppo_config.own_weights': ('ppo_config.html#own_weights', 'mpo_nb/ppo_config.py'),

@@ -472,7 +472,7 @@ def test_real_tldr(monkeypatch):
     parts = split_by_prompt(ds, test=.1, valid=.1)
     assert sum(len(set(p['prompt'])) for p in parts.values())==1323 and .05<len(set(parts['test']['prompt']))/1323<.15
 
-@pytest.mark.parametrize('name', ['01a_sources', '01b_pairing', '02_data'])
+@pytest.mark.parametrize('name', ['02_sources', '03_pairing', '04_data'])
 def test_notebook_runs_without_the_real_data(name, tmp_path):
     "A user's clone has no shared/data: the cells that need it show nothing, and the notebook passes"
     code = (f"from nbdev.test import test_nb as run; ok, "

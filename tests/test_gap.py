@@ -1,4 +1,4 @@
-"09_gap: every pair in exactly one set, by the written rule, with its columns."
+"13_gap: every pair in exactly one set, by the written rule, with its columns."
 import matplotlib
 import numpy as np
 import pandas as pd

@@ -1,4 +1,4 @@
-"""08_reward: one score per text whatever surrounds it; training that resumes, stops at NaN and leaves the random
+"""12_reward: one score per text whatever surrounds it; training that resumes, stops at NaN and leaves the random
 state alone."""
 import copy
 import json
