@@ -600,6 +600,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'mpo_nb/ppo_trainer.py'),
                                     'mpo_nb.ppo_trainer.PPOTrainer._notes': ('ppo_trainer.html#ppotrainer._notes', 'mpo_nb/ppo_trainer.py'),
                                     'mpo_nb.ppo_trainer.PPOTrainer._parts': ('ppo_trainer.html#ppotrainer._parts', 'mpo_nb/ppo_trainer.py'),
+                                    'mpo_nb.ppo_trainer.PPOTrainer._places': ( 'ppo_trainer.html#ppotrainer._places',
+                                                                               'mpo_nb/ppo_trainer.py'),
                                     'mpo_nb.ppo_trainer.PPOTrainer._prompts_of': ( 'ppo_trainer.html#ppotrainer._prompts_of',
                                                                                    'mpo_nb/ppo_trainer.py'),
                                     'mpo_nb.ppo_trainer.PPOTrainer._rollout': ( 'ppo_trainer.html#ppotrainer._rollout',

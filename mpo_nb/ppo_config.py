@@ -89,9 +89,9 @@ def rollout_rows(n, batch_size, k, seed):
     return stream[start:start + batch_size].tolist()
 
 # %% ../nbs/19_ppo_config.ipynb #c4261f14
-def rollout_seed(seed, k, rank=0):
-    "Seed of the sampling in rollout `k` on process `rank`: no two rollouts or processes share one"
-    return ((seed * 1_000_003 + k) * 1_009 + rank) % 2**63
+def rollout_seed(seed, k):
+    "Seed of the sampling in rollout `k`: no two rollouts share one"
+    return (seed * 1_000_003 + k) * 1_009 % 2**63
 
 # %% ../nbs/19_ppo_config.ipynb #3f9ecd12
 def next_kl_coef(

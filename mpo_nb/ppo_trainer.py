@@ -104,14 +104,21 @@ def _prompts_of(self: PPOTrainer, k):
     rows = rollout_rows(len(self.train_dataset), a.rollout_batch_size // a.num_generations, k, a.seed)[rank::n]
     return repeat_each(self.train_dataset.select(rows)['prompt'], a.num_generations)
 
+# %% ../nbs/20_ppo_trainer.ipynb #6f4eefaf
+@patch
+def _places(self: PPOTrainer, n_prompts, repeat=1):
+    "This process's rows of a batch that all processes share, and how many rows it has"
+    rank, n = self.accelerator.process_index, self.accelerator.num_processes
+    return [j * repeat + i for j in range(rank, n_prompts, n) for i in range(repeat)], n_prompts * repeat
+
 # %% ../nbs/20_ppo_trainer.ipynb #001c783e
 @patch
-def _sample(self: PPOTrainer, prompts, seed):
+def _sample(self: PPOTrainer, prompts, seed, places=None):
     "Completions of the policy as it is now"
     a = self.args
     # PEFT's wrapper would put its own generation config in front of ours
     samples = sample(bare(self.policy), self.processing_class, prompts, a.max_new_tokens, a.temperature, seed,
-                     a.generation_batch_size or len(prompts), min_new_tokens=a.min_new_tokens)
+                     a.generation_batch_size or len(prompts), min_new_tokens=a.min_new_tokens, places=places)
     return cut_at_stop(samples, self.processing_class, a.stop_strings) if a.stop_strings else samples
 
 # %% ../nbs/20_ppo_trainer.ipynb #e3b7b646
@@ -132,9 +139,9 @@ def _averages(self: PPOTrainer, sums):
 
 # %% ../nbs/20_ppo_trainer.ipynb #b1a360ee
 @patch
-def _sample_and_score(self: PPOTrainer, prompts, seed):
+def _sample_and_score(self: PPOTrainer, prompts, seed, places=None):
     "A rollout, its scores [N], and the log entries of both"
-    a, samples = self.args, self._sample(prompts, seed)
+    a, samples = self.args, self._sample(prompts, seed, places)
     scores = checked_scores(self.reward, samples, a.missing_eos_penalty)
     with self.accelerator.autocast():
         rollout = evaluate_samples(self.model, self.ref_model, samples, self.processing_class.pad_token_id,
@@ -180,8 +187,8 @@ def _rollout(self: PPOTrainer, k):
     a, start = self.args, time.perf_counter()
     if k == 0: check_sampling(bare(self.policy), self.processing_class, self.train_dataset[0]['prompt'], a.temperature)
     if k > 0 and a.ref_ema is not None: follow(self.ref_model, self.policy, a.ref_ema)
-    rollout, scores, stats = self._sample_and_score(self._prompts_of(k),
-                                                    rollout_seed(a.seed, k, self.accelerator.process_index))
+    places = self._places(a.rollout_batch_size // a.num_generations, a.num_generations)
+    rollout, scores, stats = self._sample_and_score(self._prompts_of(k), rollout_seed(a.seed, k), places)
     self._keep_completions(k, rollout, scores)
     self.experience, self.rollout_index = self._learn_from(rollout, scores), k
     stats |= self._notes(stats)
@@ -293,7 +300,8 @@ def evaluate(self: PPOTrainer, eval_dataset=None, ignore_keys=None, metric_key_p
     ds = self.eval_dataset if eval_dataset is None else text_prompts(eval_dataset, self.processing_class, 'eval')
     if ds is None: raise UserError('no evaluation prompts: pass eval_dataset to PPOTrainer or to evaluate()')
     if len(ds) < n: raise UserError(f'{len(ds)} evaluation prompts are too few for {n} processes')
-    *_, stats = self._sample_and_score(ds.select(range(rank, len(ds), n))['prompt'], self.args.seed + rank)
+    mine = ds.select(range(rank, len(ds), n))['prompt']
+    *_, stats = self._sample_and_score(mine, self.args.seed, self._places(len(ds)))
     stats = {f'{metric_key_prefix}_{k}': v for k, v in stats.items()}
     Trainer.log(self, stats)
     self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, stats)

@@ -198,13 +198,15 @@ def sample(
     batch_size: int = 64,      # Rows generated at a time
     greedy: bool = False,      # Take the likeliest token instead of sampling
     min_new_tokens: int = 0,   # EOS can't be one of the first so many tokens; their log-probs are then those without it
+    places: tuple = None,      # (rows, N'): these prompts are some rows of a batch of N', and get what they'd get there
 ) -> Samples:                  # In the order of `prompts`
     "Draw one completion per prompt from the model's own distribution, whatever its generation config says"
     if not greedy and temperature < 0.01:
         raise UserError(f'temperature {temperature} is too small to sample from: use greedy=True, or at least 0.01')
-    prompt_ids = [encode_prompt(tok, p) for p in prompts]
+    prompt_ids, (rows, total) = [encode_prompt(tok, p) for p in prompts], places or (range(len(prompts)), len(prompts))
+    if _engine(model) is _generate: seed += rows[0]   # it draws in its own way: other rows, other random numbers
     with seeded(seed), inference(model):
-        draws = None if greedy else torch.rand(len(prompts), max_new_tokens, dtype=torch.float64)
+        draws = None if greedy else torch.rand(total, max_new_tokens, dtype=torch.float64)[list(rows)]
         completion_ids = _sample_ids(model, tok, prompt_ids, max_new_tokens, draws, batch_size,
                                      temperature=temperature, min_new_tokens=min_new_tokens)
     texts = [decode_completion(tok, p, c) for p, c in zip(prompt_ids, completion_ids)]

@@ -1,4 +1,5 @@
-"Comparisons, bias of judges, the page of results: what the notebooks don't show. Coverage, bad tables, escaping, files."
+"""Comparisons, bias of judges, the page of results: what the notebooks don't show. Coverage, bad tables,
+escaping, files."""
 import itertools
 import json
 import re

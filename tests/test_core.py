@@ -16,7 +16,8 @@ from mpo_nb.core import UserError, append_jsonl, file_lock, printable, read_json
 ROWS = [dict(i=0, text='plain'), dict(i=1, text='Maß 🙂 \ud83d'), dict(i=2, text='a\r\n\u2028b')]
 
 
-def run(code, *args): return subprocess.run([sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True)
+def run(code, *args):
+    return subprocess.run([sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True)
 
 
 # ---- files that only grow

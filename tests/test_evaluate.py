@@ -1,4 +1,5 @@
-"Evaluation and frontier: what the notebooks don't show. Bad tables, exact KL by enumeration, settings, escaping, plots."
+"""Evaluation and frontier: what the notebooks don't show. Bad tables, exact KL by enumeration, settings,
+escaping, plots."""
 import itertools
 import json
 

@@ -280,7 +280,8 @@ def rows(tmp_path_factory):
     return path
 
 USER = ({k: TINY[k] for k in ('eval', 'sft', 'reward', 'dpo', 'ppo')}
-        | dict(gap=dict(easy_fraction=.5, folds=2), policies=PAPER | dict(dpo_easy=PAPER['dpo_easy'] | dict(max_steps=5))))
+        | dict(gap=dict(easy_fraction=.5, folds=2),
+               policies=PAPER | dict(dpo_easy=PAPER['dpo_easy'] | dict(max_steps=5))))
 
 @pytest.mark.parametrize('kind', ['pad', 'eos'])
 def test_tokenizer_without_token(kind, local_model, rows, capsys, tmp_path):

@@ -1323,7 +1323,7 @@ def test_two_processes_learn_and_hold_equal_weights(two):
 
 def test_item27_two_processes_sample_apart(two):
     """One prompt for all: the halves of a rollout differ, within and between processes [fails when
-    `rollout_seed` leaves the rank out]"""
+    the places of the rows are left out]"""
     _, (a, b) = two
     both = a['one_update']['completions'], b['one_update']['completions']
     assert len(both[0]) == len(both[1]) == 4 and both[0] != both[1] and len(set(both[0] + both[1])) > 4

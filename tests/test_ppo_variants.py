@@ -266,8 +266,8 @@ def test_without_a_critic_none_is_built_or_saved(tmp_path):
     checkpoint can be loaded [fails when the critic is built and left alone]"""
     policy = talker()
     n = sum(p.numel() for p in policy.parameters())
-    t = ppo_trainer(tmp_path, policy, advantage_estimator='rloo', num_generations=2, save_strategy='steps', save_steps=1,
-                    num_rollouts=2, eval_strategy='steps', eval_steps=1, load_best_model_at_end=True,
+    t = ppo_trainer(tmp_path, policy, advantage_estimator='rloo', num_generations=2, save_strategy='steps',
+                    save_steps=1, num_rollouts=2, eval_strategy='steps', eval_steps=1, load_best_model_at_end=True,
                     metric_for_best_model='objective/score',
                     trainer=dict(eval_dataset=trainer_module.Dataset.from_dict({'prompt': toy_prompts(4)})))
     t.train()
@@ -372,8 +372,8 @@ def test_an_adapter_from_disk_is_trained_further_on_one_copy_of_the_weights(stag
     policy, ref = load_adapter(base, folder/'dpo', trainable=True), load_adapter(base, folder/'dpo')
     reward = RewardModel(load_adapter(classifier_on(base, tok), folder/'reward'), tok)
     scores, size = reward(toy_prompts(3), [' cows.'] * 3).tolist(), adapter_size(policy)
-    t = ppo_trainer(tmp_path, policy, ref, reward, reward=reward, num_rollouts=3, learning_rate=.2, save_strategy='steps',
-                    save_steps=1)
+    t = ppo_trainer(tmp_path, policy, ref, reward, reward=reward, num_rollouts=3, learning_rate=.2,
+                    save_strategy='steps', save_steps=1)
     critic = adapter_size(t.model.critic)
     head = base.config.hidden_size
     assert storages(base, t.model, t.ref_model, reward.model) == n + 2 * size + 2 * critic + head
@@ -404,9 +404,9 @@ def test_a_loaded_adapter_resumes_bitwise(stage1, tmp_path):
     tok = toy_tokenizer()
     def run(name, resume=None):
         reward = RewardModel(load_adapter(classifier_on(base, tok), folder/'reward'), tok)
-        t = ppo_trainer(tmp_path/name, load_adapter(base, folder/'dpo', trainable=True), load_adapter(base, folder/'dpo'),
-                        reward, reward=reward, num_rollouts=3, num_ppo_epochs=2, learning_rate=.2, save_strategy='steps',
-                        save_steps=1, kl_in='loss')
+        t = ppo_trainer(tmp_path/name, load_adapter(base, folder/'dpo', trainable=True),
+                        load_adapter(base, folder/'dpo'), reward, reward=reward, num_rollouts=3, num_ppo_epochs=2,
+                        learning_rate=.2, save_strategy='steps', save_steps=1, kl_in='loss')
         t.train(resume_from_checkpoint=resume)
         return t
     a = run('a')

@@ -77,7 +77,8 @@ def imports(module):
     for node in ast.walk(tree(module)):
         if isinstance(node, ast.Import):
             yield from ((a.name.split('.')[1], []) for a in node.names if a.name.startswith('mpo_nb.'))
-        if not isinstance(node, ast.ImportFrom) or not (node.level or (node.module or '').startswith('mpo_nb')): continue
+        if not isinstance(node, ast.ImportFrom) or not (node.level or (node.module or '').startswith('mpo_nb')):
+            continue
         room = (node.module or '').removeprefix('mpo_nb').lstrip('.')
         names = [a.name for a in node.names]
         if room: yield room, names
@@ -107,7 +108,8 @@ def test_no_public_name_means_two_things():
             names = [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else []
             if isinstance(node, ast.Assign): names = [t.id for t in node.targets if isinstance(t, ast.Name)]
             for n in names:
-                patched = isinstance(node, ast.FunctionDef) and any('patch' in ast.unparse(d) for d in node.decorator_list)
+                patched = (isinstance(node, ast.FunctionDef)
+                           and any('patch' in ast.unparse(d) for d in node.decorator_list))
                 if not n.startswith('_') and not patched: homes[n].add(module)
     assert not (twice := {n: m for n, m in homes.items() if len(m) > 1}), twice
 

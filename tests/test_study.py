@@ -19,7 +19,8 @@ TINY = dict(recipe='toy', model=dict(size=dict(hidden_size=32, num_hidden_layers
             data=dict(demonstrations=200, pairs=150), sft=dict(max_steps=10, save_steps=4),
             reward=dict(max_steps=6, save_steps=3), eval=dict(prompts=16), dpo=dict(max_steps=4, save_steps=2),
             ppo=dict(rollout_batch_size=16, num_rollouts=2, save_steps=2),
-            policies=dict(dpo_easy=dict(method='dpo', data='easy'), mpo=dict(method='ppo', start='dpo_easy', data='hard')))
+            policies=dict(dpo_easy=dict(method='dpo', data='easy'),
+                          mpo=dict(method='ppo', start='dpo_easy', data='hard')))
 
 
 def write_study(path, **keys):
@@ -134,7 +135,8 @@ def test_the_plan(studies, capsys):
 
 @pytest.mark.parametrize('keys, says', [
     (dict(variants=[1]), '`variants` should be'), (dict(variants={'a': 1}), '`variants.a` should be'),
-    (dict(variants={'a': {'dpo.betta': 1}}), 'unknown key `dpo.betta`'), (dict(factors={'dpo.beta': 1}), 'a list of values'),
+    (dict(variants={'a': {'dpo.betta': 1}}), 'unknown key `dpo.betta`'),
+    (dict(factors={'dpo.beta': 1}), 'a list of values'),
     (dict(variants={'a': {'dpo.beta': -1}}), '`dpo.beta` is -1'), (dict(compare=['mpo']), 'pairs [A, B]'),
     (dict(recipe='toys'), "no recipe 'toys'")])
 def test_wrong_studies(keys, says, tmp_path, capsys):
@@ -163,10 +165,12 @@ def test_holm_over_the_family():
     from statsmodels.stats.multitest import multipletests
     study = Study('s', {}, dict(a={}), compare=[('mpo', 'dpo'), ('mpo', 'sft')])
     score = dict(mpo=[1., 1.2, 1.1, 1.4], dpo=[.9, 1.3, .9, 1.1], sft=[0., .1, -.1, .2])
-    df = pd.DataFrame([dict(variant='a', seed=s, policy=p, score=x) for p, xs in score.items() for s, x in enumerate(xs)])
+    df = pd.DataFrame([dict(variant='a', seed=s, policy=p, score=x) for p, xs in score.items()
+                       for s, x in enumerate(xs)])
     table = compare_policies(study, df)
     p = [stats.ttest_rel(score['mpo'], score[b]).pvalue for b in ('dpo', 'sft')]
-    assert table.p.tolist() == pytest.approx(p) and table.p_holm.tolist() == pytest.approx(multipletests(p, method='holm')[1])
+    assert (table.p.tolist() == pytest.approx(p)
+            and table.p_holm.tolist() == pytest.approx(multipletests(p, method='holm')[1]))
 
 
 def test_grid_and_seeds():
@@ -202,3 +206,75 @@ def test_one_more_policy_moves_no_other(tmp_path):
 def load_path(name):
     from mpo_nb.recipe import recipe_file
     return recipe_file(name)
+
+
+# --- several processes, adapters
+
+def halved(section):
+    "The same batch, on two processes"
+    return section | dict(per_device_train_batch_size=section.get('per_device_train_batch_size', 16) // 2)
+
+
+def test_two_processes_end_as_one_with_twice_the_batch(tmp_path):
+    """`accelerate launch -m mpo_nb.cli run` on two CPU processes (gloo): every policy's scores and samples are those of
+    one process with twice the batch [fails when the processes of PPO draw with seeds of their own]"""
+    base = {k: v for k, v in TINY.items() if k != 'recipe'}
+    whole = yaml.safe_load(Path(load_path('toy')).read_text())
+    whole = whole | {k: {**whole.get(k, {}), **v} if k != 'policies' else v for k, v in base.items()}
+    two = whole | {k: halved(whole[k]) for k in ('sft', 'reward', 'dpo', 'ppo')}
+    for name, keys in dict(one=whole, two=two).items(): (tmp_path/f'{name}.yaml').write_text(yaml.safe_dump(keys))
+    assert main(['run', str(tmp_path/'one.yaml'), '--output_dir', str(tmp_path/'one')]) == 0
+    command = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2',
+               '--num_machines', '1', '--num_cpu_threads_per_process', '1', '--mixed_precision', 'no',
+               '--dynamo_backend', 'no', '--main_process_port', '0', '-m', 'mpo_nb.cli', 'run', 'two.yaml',
+               '--output_dir', str(tmp_path/'two')]
+    p = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=600)
+    assert p.returncode == 0, p.stderr[-3000:]
+    assert p.stdout.count('report:') == 1
+    one, two = (json.loads((tmp_path/k/'evaluation.json').read_text()) for k in ('one', 'two'))
+    for name in one['policies']:
+        assert two['policies'][name] == pytest.approx(one['policies'][name], abs=1e-3), name
+    a, b = (pd.read_parquet(tmp_path/k/'completions.parquet') for k in ('one', 'two'))
+    assert (a.completion == b.completion).mean() > .98
+
+
+@pytest.fixture(scope='module')
+def adapted(tmp_path_factory):
+    "(run folder, model folder) of a run with LoRA on a random Llama, one control policy more than the paper's"
+    tmp = tmp_path_factory.mktemp('lora')
+    from mpo_nb.worlds import get_world
+    model, tok = get_world('toy').model(hidden_size=32, num_hidden_layers=1)
+    model.save_pretrained(tmp/'base'); tok.save_pretrained(tmp/'base')
+    keys = {k: v for k, v in TINY.items() if k not in ('recipe', 'model')} | dict(
+        world=dict(name='toy', args=dict(turns=1)), model=dict(name=str(tmp/'base'), lora=dict(r=4)),
+        gap=dict(easy_fraction=.5), policies=TINY['policies'] | dict(
+            control=dict(method='ppo', start='dpo_easy', reference='sft', data='hard')))
+    keys['data'] = keys['data'] | dict(max_prompt_length=64, max_completion_length=32)
+    (tmp/'lora.yaml').write_text(yaml.safe_dump(keys))
+    assert main(['run', str(tmp/'lora.yaml'), '--output_dir', str(tmp/'run')]) == 0
+    return tmp/'run', tmp/'base'
+
+
+def test_with_lora_policies_are_adapters_on_disk(adapted):
+    "Every policy's folder holds its adapter and no other weights; another trainer's tools read and merge it"
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+    run, base = adapted
+    for name in ('sft', 'dpo_easy', 'mpo', 'control'):
+        weights = {p.name for p in (run/name).glob('*.safetensors')}
+        assert weights == {'adapter_model.safetensors'}, name
+        assert (run/name/'adapter_model.safetensors').stat().st_size < (base/'model.safetensors').stat().st_size
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run/'mpo').eval()
+    ids = torch.arange(5, 20)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        torch.testing.assert_close(model.merge_and_unload()(ids).logits, before, atol=1e-4, rtol=0)
+
+
+def test_with_lora_the_reference_is_the_start(adapted):
+    "PPO's KL is 0 at its first rollout where the reference is its start, and not where it is another policy"
+    run, _ = adapted
+    first = {n: next(h['objective/kl'] for h in json.loads((run/n/'log.json').read_text()) if 'objective/kl' in h)
+             for n in ('mpo', 'control')}
+    assert abs(first['mpo']) < 1e-4 < abs(first['control'])

@@ -44,9 +44,9 @@ def resumed():
 
 def groups():
     "One leave-one-out update, the KL in the loss: four prompts with four completions each, two prompts a process"
-    t = ppo_trainer(out/'groups', talker('llama'), talker('llama', seed=4), advantage_estimator='rloo', num_generations=4,
-                    rollout_batch_size=16, per_device_train_batch_size=3, learning_rate=.1, kl_in='loss', kl_coef=.3,
-                    kl_estimator='k3')
+    t = ppo_trainer(out/'groups', talker('llama'), talker('llama', seed=4), advantage_estimator='rloo',
+                    num_generations=4, rollout_batch_size=16, per_device_train_batch_size=3, learning_rate=.1,
+                    kl_in='loss', kl_coef=.3, kl_estimator='k3')
     t.train()
     save_experience(t.experience, 0, out/f'groups-{t.args.process_index}.safetensors')
     if t.args.process_index == 0: torch.save(t.model.state_dict(), out/'groups.pt')
