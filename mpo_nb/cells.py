@@ -98,7 +98,7 @@ def one_nested(values: dict) -> dict:
     "A copy without what a cell sets itself"
     return {k: v for k, v in values.items() if k not in ('seed', 'output_dir', 'name')}
 
-# %% ../nbs/43_cells.ipynb #2b3efa55
+# %% ../nbs/43_cells.ipynb #04163778
 def load_study(
     name: str,  # A shipped recipe, or a YAML file: a recipe that may have the keys of `STUDY_KEYS`
 ) -> Study:
@@ -109,6 +109,7 @@ def load_study(
     own = {k: given.pop(k) for k in STUDY_KEYS if k in given}
     check_values(given, path.name)
     values = read_recipe(own['recipe']) if own.get('recipe') else {}
+    if 'policies' in given: values.pop('policies', None)   # a table of one's own replaces that of the recipe
     values = parse_values(with_parts(values, flat(given)), path.name).as_dict()
     variants = all_variants(own.get('variants') or {}, own.get('factors') or {})
     compare = [tuple(p) for p in own.get('compare') or []] or None

@@ -207,25 +207,27 @@ def human_command(cfg: dict, parts: dict) -> int:
     names = 'out', 'votes', 'annotator', 'seed', 'policies', 'baseline', 'prompts'
     return human_file(cfg['file'], **{k: cfg[k] for k in names})
 
-# %% ../nbs/45_cli.ipynb #fd27e02a
+# %% ../nbs/45_cli.ipynb #ee015cc7
 @dataclass(frozen=True)
 class Command:
     "A subcommand: what it says of itself, its options, what it does"
+    takes: str               # What stands behind its name, for the line of usage
     help: str
     options: Callable        # parser -> None
     call: Callable           # (options, single values inside dicts) -> exit code
     recipe: bool = False     # Are the keys of a recipe its options?
 
-# %% ../nbs/45_cli.ipynb #de9d956f
+# %% ../nbs/45_cli.ipynb #3e1191ed
 COMMANDS = dict(
-    run=Command('run a recipe: from preference data to a judged model', run_options, run_command, True),
-    study=Command('run a recipe or a grid of variations over seeds', study_options, study_command),
-    compare=Command('finished runs of one recipe with different seeds side by side', compare_options, compare_command),
-    gaps=Command('only score preference pairs and split them by reward gap', gaps_options, gaps_command, True),
-    eval=Command('compare policies on a file of completions, or on a run folder', eval_options, eval_command),
-    judge=Command('let a language model judge completions pairwise', judge_options, judge_command),
-    human=Command('a sheet for people to vote on, and what their votes say', human_options, human_command),
-    report=Command('write the page of a finished run again', report_options, report_command))
+    run=Command('RECIPE', 'run a recipe: from preference data to a judged model', run_options, run_command, True),
+    study=Command('FILE', 'run a recipe or a grid of variations over seeds', study_options, study_command),
+    compare=Command('RUN RUN ...', 'finished runs of one recipe with different seeds side by side', compare_options,
+                    compare_command),
+    gaps=Command('DATA', 'only score preference pairs and split them by reward gap', gaps_options, gaps_command, True),
+    eval=Command('FILE', 'compare policies on a file of completions, or on a run folder', eval_options, eval_command),
+    judge=Command('FILE', 'let a language model judge completions pairwise', judge_options, judge_command),
+    human=Command('FILE', 'a sheet for people to vote on, and what their votes say', human_options, human_command),
+    report=Command('RUN', 'write the page of a finished run again', report_options, report_command))
 
 # %% ../nbs/45_cli.ipynb #78818947
 def formatter():
@@ -248,7 +250,7 @@ short: --data PATH is --data.source PATH, --model PATH is --model.name PATH. Lis
 A value inside a dict is set by its own name, such as --policies.mpo.kl_coef 0.1.
 The run folder holds report.html and evaluation.json; a killed run goes on when it is started again.'''
 
-# %% ../nbs/45_cli.ipynb #febdb338
+# %% ../nbs/45_cli.ipynb #4e674e73
 def command_parser(
     name: str,      # A row of `COMMANDS`
     defaults=None,  # {dotted key: value} that go over the keys' own
@@ -257,7 +259,8 @@ def command_parser(
     from jsonargparse import ArgumentParser
     command = COMMANDS[name]
     text = USAGE if command.recipe else command.help
-    p = ArgumentParser(prog=f'mpo {name}', description=text, formatter_class=formatter(), exit_on_error=False)
+    p = ArgumentParser(prog=f'mpo {name}', usage=f'mpo {name} {command.takes} [--key value ...]', description=text,
+                       formatter_class=formatter(), exit_on_error=False)
     command.options(p)
     if defaults: p.set_defaults(defaults)
     return p

@@ -141,12 +141,12 @@ def recipes() -> dict: # Name of each recipe in the package: its file
     "The recipes that ship with the package"
     return {p.stem: p for p in sorted((files('mpo_nb')/'recipes').glob('*.yaml'))}
 
-# %% ../nbs/34_recipe.ipynb #3e1113a3
+# %% ../nbs/34_recipe.ipynb #e86732dd
 def recipe_file(name: str) -> Path:
     "The recipe's YAML file, shipped or the user's own"
     if name in recipes(): return recipes()[name]
     if '\0' not in name and Path(name).is_file(): return Path(name)
-    if Path(name).suffix in ('.yaml', '.yml'): raise UserError(f'recipe file {name!r} does not exist: check the path')
+    if Path(name).suffix in ('.yaml', '.yml'): raise UserError(f'recipe file {name} does not exist: check the path')
     raise UserError(f'no recipe {name!r}: give one of {", ".join(recipes())}, or a YAML file')
 
 # %% ../nbs/34_recipe.ipynb #6a592920

@@ -159,7 +159,7 @@ def sample_cards(
     return [dict(prompt=g.prompt.iloc[0].strip(), answers=[answer(a) for a in g.itertuples()])
             for _, g in list(df.groupby('prompt_id', sort=True))[:n]]
 
-# %% ../nbs/37_report.ipynb #3c27366e
+# %% ../nbs/37_report.ipynb #1598285d
 def pair_table(
     df,        # completions.parquet
     e: dict,   # evaluation.json
@@ -176,7 +176,8 @@ def pair_table(
         k = w['a'], w['b']
         rows.append(w | dict(p_holm=p[k], controlled=lengths[k]['win_rate_controlled'],
                              controlled_ci=lengths[k]['controlled_ci']))
-    return rows, c.ranking[['strength', 'se']].to_dict('index')
+    # there is no order where nobody ever beat anybody
+    return rows, {} if c.ranking is None else c.ranking[['strength', 'se']].to_dict('index')
 
 # %% ../nbs/37_report.ipynb #491abee3
 def run_files(run: Path) -> dict:

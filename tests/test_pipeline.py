@@ -23,7 +23,7 @@ PAPER = dict(dpo=dict(method='dpo', data='all'), dpo_easy=dict(method='dpo', dat
 ENV = dict(os.environ, OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
 
 def write_recipe(path, **keys):
-    path.write_text(yaml.safe_dump(keys))
+    path.write_text(yaml.safe_dump(keys, sort_keys=False))
     return str(path)
 
 @pytest.fixture(scope='module')
