@@ -943,6 +943,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'mpo_nb.training.disable_dropout': ('training.html#disable_dropout', 'mpo_nb/training.py'),
                                  'mpo_nb.training.fitting_rows': ('training.html#fitting_rows', 'mpo_nb/training.py'),
                                  'mpo_nb.training.frozen_reference': ('training.html#frozen_reference', 'mpo_nb/training.py'),
+                                 'mpo_nb.training.go_on': ('training.html#go_on', 'mpo_nb/training.py'),
                                  'mpo_nb.training.has_bf16': ('training.html#has_bf16', 'mpo_nb/training.py'),
                                  'mpo_nb.training.linear_layers': ('training.html#linear_layers', 'mpo_nb/training.py'),
                                  'mpo_nb.training.load_adapter': ('training.html#load_adapter', 'mpo_nb/training.py'),

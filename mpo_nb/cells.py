@@ -93,7 +93,7 @@ def cell_recipe(study: Study, variant: str, seed: int, folder) -> Recipe:
     values['output_dir'] = str(cell_folder(folder, variant, seed))
     return make_recipe(parse_values(values, f'variant {variant!r}').as_dict(), study.name)
 
-# %% ../nbs/43_cells.ipynb #2808971e
+# %% ../nbs/43_cells.ipynb #31d33321
 def one_nested(values: dict) -> dict:
     "A copy without what a cell sets itself"
     return {k: v for k, v in values.items() if k not in ('seed', 'output_dir', 'name')}

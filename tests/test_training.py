@@ -206,3 +206,20 @@ def test_sft_leaves_a_model_whose_copy_is_its_own():
         for p in model.parameters(): p.zero_()
         assert torch.equal(twin(ids).logits, before) and before.abs().max() > 0
     assert 'forward' not in vars(model) and not model.training
+
+
+def test_a_checkpoint_of_the_last_step_is_not_trained_further(tmp_path):
+    """Killed between its last checkpoint and its end, a run ends with the weights of that checkpoint, in the middle
+    of an epoch, too [fails when `Trainer.train` is called: it takes a step more]"""
+    from mpo_nb.reward import reward_model_from, train_reward
+    from mpo_nb.worlds import get_world
+    world = get_world('toy')
+    pairs = world.pairs(world.demonstrate, 139, seed=1)
+    def train(resume=None):
+        model, tok = world.model(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+        reward, log = train_reward(reward_model_from(model, tok), tok, pairs, output_dir=tmp_path/'run', max_steps=6,
+                                   save_strategy='steps', save_steps=3, logging_steps=3, learning_rate=1e-3,
+                                   per_device_train_batch_size=32, resume_from_checkpoint=resume)
+        return torch.cat([p.detach().cpu().flatten() for p in reward.model.parameters()]), log
+    whole, again = train(), train(str(tmp_path/'run'/'checkpoint-6'))
+    assert torch.equal(whole[0], again[0]) and max(h['step'] for h in again[1]) == 6
