@@ -81,11 +81,11 @@ def critic_from(reward, tok, args):
     if not ADVANTAGES[args.advantage_estimator].critic or args.share_trunk: return None
     return reward if reward.tok.get_vocab() == tok.get_vocab() else None
 
-# %% ../nbs/41_pipeline.ipynb #6440d464
+# %% ../nbs/41_pipeline.ipynb #dea7a1f8
 def train_ppo_policy(work: Work, p: Policy):
     "PPO on the prompts of a set, against the reward model; the critic starts from it, too"
     from mpo_nb.ppo_config import PPOConfig
-    from mpo_nb.ppo_trainer import PPOTrainer
+    from mpo_nb.ppo_trainer import PPOTrainer, save_part
     from mpo_nb.reward import RewardModel
     from mpo_nb.training import trainer_defaults
     model, ref, tok = start_and_reference(work, p)
@@ -98,6 +98,7 @@ def train_ppo_policy(work: Work, p: Policy):
         callbacks=callbacks, monitors={'gold': world.gold} if world else None))
     history = trainer.state.log_history
     save_policy(work, trainer.policy, tok, history)
+    if trainer.model.critic is not None: save_part(trainer.model.critic, work.out/'critic')
     return dict(prompts=len(prompts)) | last_logged(history, 'objective/score', 'objective/kl', 'objective/gold')
 
 # %% ../nbs/41_pipeline.ipynb #5f3838e3

@@ -57,7 +57,7 @@ def logged(
     "Was `key` logged for any of these policies?"
     return any(key in h for n in names for h in read_json(Path(run)/n/'log.json'))
 
-# %% ../nbs/37_report.ipynb #8d841986
+# %% ../nbs/37_report.ipynb #f0303e9b
 def plot_training(
     run: Path,
     names: list,   # Policies, or other training stages
@@ -71,7 +71,7 @@ def plot_training(
         history = read_json(Path(run)/name/'log.json')
         for ax, (k, title, unit) in zip(axs[0], curves):
             xy = [(h['step'], h[k]) for h in history if k in h]
-            if xy: ax.plot(*zip(*xy), label=name, color=colors[name])
+            if xy: ax.plot(*zip(*xy), '-' if len(xy) > 1 else 'o', label=name, color=colors[name])
             ax.set(title=title, xlabel='optimizer step', ylabel=unit)
     axs[0][0].legend()
     return fig
