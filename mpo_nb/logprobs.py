@@ -48,12 +48,13 @@ def load_model(
     dtype=torch.float32,      # Weights are trained in fp32; autocast to bf16 is the trainer's business
     pad_token: str = None,    # Pad token to use where the tokenizer has none
     eos_token: str = None,    # EOS token to use where the tokenizer has none
+    **kw,                     # Further keywords of `from_pretrained`, such as quantization_config
 ):                            # (causal language model in eval mode, tokenizer)
     "Load a causal language model with its tokenizer; `UserError` says what is missing"
     path = _model_folder(name) or name
     try:
         tok = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **kw)
     except (OSError, ValueError) as e:
         raise UserError(f'model {str(name)!r} could not be loaded as a causal language model: '
                         f'{str(e).splitlines()[0]}') from e
