@@ -37,3 +37,11 @@ def own_random_state():
     "A test that neither depends on nor changes the random numbers of others"
     from mpo_nb.sampling import seeded
     with seeded(0): yield
+
+
+def pytest_collection_modifyitems(items):
+    "Two workers get a half each: let both begin with their share of the notebooks, so that neither ends with a long one"
+    notebooks = [i for i in items if 'test_notebook[' in i.nodeid]
+    others = [i for i in items if 'test_notebook[' not in i.nodeid]
+    half = len(others) // 2
+    items[:] = notebooks[::2] + others[:half] + notebooks[1::2] + others[half:]
