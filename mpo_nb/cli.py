@@ -304,12 +304,14 @@ def underscored(argv: list) -> list:
     name = lambda a: '--' + a[2:].partition('=')[0].replace('-', '_') + ''.join(a[2:].partition('=')[1:])
     return [name(a) if a.startswith('--') else a for a in argv]
 
-# %% ../nbs/45_cli.ipynb #5365d3d5
+# %% ../nbs/45_cli.ipynb #3e00fc97
 def call(name: str, argv: list) -> int:
     "Parse the options of a command and do it"
     from jsonargparse import ArgumentError
     shown = '--print_config' in (argv := underscored(argv) or ['--help'])
     argv = [a for a in argv if a != '--print_config']   # jsonargparse has an option of that name, with a value
+    if argv[0].startswith('-') and argv[0] not in ('-h', '--help') and not COMMANDS[name].recipe:
+        raise UserError(f'first say which: mpo {name} {COMMANDS[name].takes} [--key value ...]')
     p, options, parts = with_recipe(name, argv) if COMMANDS[name].recipe else (command_parser(name), argv, {})
     try: cfg = p.parse_args(options).as_dict()
     except ArgumentError as e: raise one_sentence(e, 'command line') from e

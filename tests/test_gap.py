@@ -323,11 +323,12 @@ def test_max_wrong_takes_its_temperature_from_unseen_pairs(tmp_path):
     "[fails when the temperature is fitted on the pairs that are split]"
     from types import SimpleNamespace
 
-    from mpo_nb.pipeline import _write_split
+    from mpo_nb.prepare import write_split
     rng = np.random.default_rng(0)
     gap = SimpleNamespace(threshold=None, easy_fraction=None, max_wrong=.2, disagree='hard')
     seen, unseen = pairs(rng.normal(2, 2, 300)), pairs(rng.normal(.9, 1.2, 300))
-    counts = _write_split(SimpleNamespace(gap=gap), tmp_path, seen, unseen)
+    work = SimpleNamespace(r=SimpleNamespace(gap=gap), run=tmp_path)
+    counts = write_split(work, seen, unseen)
     assert (counts['threshold'] == pytest.approx(gap_threshold(.2, fit_temperature(unseen['gap'][:])))
             != pytest.approx(gap_threshold(.2, fit_temperature(seen['gap'][:])), rel=.1))
     table = pd.read_parquet(tmp_path/'gaps.parquet')
@@ -335,7 +336,7 @@ def test_max_wrong_takes_its_temperature_from_unseen_pairs(tmp_path):
             and counts['easy'] + counts['hard'] == 300)
     gap.max_wrong = 1e-6
     with pytest.raises(UserError, match='no easy pairs.*threshold .*gap.max_wrong'):
-        _write_split(SimpleNamespace(gap=gap), tmp_path, seen, unseen)
+        write_split(work, seen, unseen)
 
 
 def test_sweep_plot_marks_the_threshold():
