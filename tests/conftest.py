@@ -40,7 +40,7 @@ def own_random_state():
 
 
 def pytest_collection_modifyitems(items):
-    "Two workers get a half each: let both begin with their share of the notebooks, so that neither ends with a long one"
+    "Two workers get a half each: both begin with their share of the notebooks, so that neither ends with a long one"
     notebooks = [i for i in items if 'test_notebook[' in i.nodeid]
     others = [i for i in items if 'test_notebook[' not in i.nodeid]
     half = len(others) // 2
