@@ -234,6 +234,9 @@ def test_two_processes_end_as_one_with_twice_the_batch(tmp_path):
     one, two = (json.loads((tmp_path/k/'evaluation.json').read_text()) for k in ('one', 'two'))
     for name, p in one['policies'].items():   # a sampled token may turn over where two sums round differently
         assert two['policies'][name] == pytest.approx(p, abs=.05), name
+    a, b = (pd.read_parquet(tmp_path/k/'completions.parquet') for k in ('one', 'two'))
+    same = (a.completion == b.completion).mean()
+    if same <= .95: pytest.xfail(f'open: only {same:.0%} of the sampled texts are those of one process')
 
 
 @pytest.fixture(scope='module')
