@@ -93,11 +93,6 @@ def cell_recipe(study: Study, variant: str, seed: int, folder) -> Recipe:
     values['output_dir'] = str(cell_folder(folder, variant, seed))
     return make_recipe(parse_values(values, f'variant {variant!r}').as_dict(), study.name)
 
-# %% ../nbs/43_cells.ipynb #31d33321
-def one_nested(values: dict) -> dict:
-    "A copy without what a cell sets itself"
-    return {k: v for k, v in values.items() if k not in ('seed', 'output_dir', 'name')}
-
 # %% ../nbs/43_cells.ipynb #04163778
 def load_study(
     name: str,  # A shipped recipe, or a YAML file: a recipe that may have the keys of `STUDY_KEYS`

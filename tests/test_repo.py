@@ -102,7 +102,7 @@ def test_a_room_imports_public_names_only(module):
 
 
 def test_no_public_name_means_two_things():
-    homes = defaultdict(set)
+    homes = defaultdict(list)
     for module in ROOMS:
         for node in tree(module).body:
             names = [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else []
@@ -110,7 +110,7 @@ def test_no_public_name_means_two_things():
             for n in names:
                 patched = (isinstance(node, ast.FunctionDef)
                            and any('patch' in ast.unparse(d) for d in node.decorator_list))
-                if not n.startswith('_') and not patched: homes[n].add(module)
+                if not n.startswith('_') and not patched: homes[n].append(module)
     assert not (twice := {n: m for n, m in homes.items() if len(m) > 1}), twice
 
 

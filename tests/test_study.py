@@ -210,19 +210,22 @@ def load_path(name):
 
 # --- several processes, adapters
 
-def halved(section):
-    "The same batch, on two processes"
-    return section | dict(per_device_train_batch_size=section.get('per_device_train_batch_size', 16) // 2)
+def on_processes(keys, n):
+    "The recipe for `n` processes: the same batch in all"
+    batch = dict(sft=32, reward=16, dpo=8, ppo=16)
+    return keys | {k: keys[k] | dict(per_device_train_batch_size=b // n) for k, b in batch.items()}
 
 
 def test_two_processes_end_as_one_with_twice_the_batch(tmp_path):
-    """`accelerate launch -m mpo_nb.cli run` on two CPU processes (gloo): every policy's scores and samples are those of
-    one process with twice the batch [fails when the processes of PPO draw with seeds of their own]"""
-    base = {k: v for k, v in TINY.items() if k != 'recipe'}
-    whole = yaml.safe_load(Path(load_path('toy')).read_text())
-    whole = whole | {k: {**whole.get(k, {}), **v} if k != 'policies' else v for k, v in base.items()}
-    two = whole | {k: halved(whole[k]) for k in ('sft', 'reward', 'dpo', 'ppo')}
-    for name, keys in dict(one=whole, two=two).items(): (tmp_path/f'{name}.yaml').write_text(yaml.safe_dump(keys))
+    """`accelerate launch -m mpo_nb.cli run` on two CPU processes (gloo): weights, scores and samples are those of one
+    process with twice the batch [fails when the processes of PPO draw with seeds of their own]. No stage reaches the
+    end of an epoch that its batches don't divide: there accelerate repeats rows, so that all processes have as many."""
+    from safetensors.torch import load_file
+    base = {k: v for k, v in TINY.items() if k != 'recipe'} | dict(data=dict(demonstrations=320, pairs=150))
+    keys = yaml.safe_load(Path(load_path('toy')).read_text())
+    keys = keys | {k: {**keys.get(k, {}), **v} if k != 'policies' else v for k, v in base.items()}
+    for name, n in dict(one=1, two=2).items():
+        (tmp_path/f'{name}.yaml').write_text(yaml.safe_dump(on_processes(keys, n)))
     assert main(['run', str(tmp_path/'one.yaml'), '--output_dir', str(tmp_path/'one')]) == 0
     command = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2',
                '--num_machines', '1', '--num_cpu_threads_per_process', '1', '--mixed_precision', 'no',
@@ -231,12 +234,14 @@ def test_two_processes_end_as_one_with_twice_the_batch(tmp_path):
     p = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=600)
     assert p.returncode == 0, p.stderr[-3000:]
     assert p.stdout.count('report:') == 1
+    for name in ('sft', 'reward', 'dpo_easy', 'mpo'):
+        one, two = (load_file(tmp_path/k/name/'model.safetensors') for k in ('one', 'two'))
+        assert max((one[k] - two[k]).abs().max() for k in one) < 1e-5, name
     one, two = (json.loads((tmp_path/k/'evaluation.json').read_text()) for k in ('one', 'two'))
-    for name, p in one['policies'].items():   # a sampled token may turn over where two sums round differently
-        assert two['policies'][name] == pytest.approx(p, abs=.05), name
+    for name, p in one['policies'].items():
+        assert two['policies'][name] == pytest.approx(p, abs=1e-3), name
     a, b = (pd.read_parquet(tmp_path/k/'completions.parquet') for k in ('one', 'two'))
-    same = (a.completion == b.completion).mean()
-    if same <= .95: pytest.xfail(f'open: only {same:.0%} of the sampled texts are those of one process')
+    assert (a.completion == b.completion).all()
 
 
 @pytest.fixture(scope='module')
