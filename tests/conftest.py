@@ -1,4 +1,4 @@
-"Settings of every test: offline, quiet, two threads; and the fixtures that several files use."
+"Settings of every test: offline, quiet, one thread; and the fixtures that several files use."
 import os
 
 os.environ.update(HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false', HF_HUB_DISABLE_PROGRESS_BARS='1',
@@ -7,7 +7,8 @@ os.environ.update(HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false', HF_HUB_DIS
 import pytest
 import torch
 
-torch.set_num_threads(2)
+# models of 10,000 weights gain nothing from a second thread, and wait for it where the other core is busy
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope='session')
@@ -21,15 +22,6 @@ def tok():
     "The toy world's word-level tokenizer: pad 0, EOS 1, no BOS"
     from util import toy_tokenizer
     return toy_tokenizer()
-
-
-@pytest.fixture(scope='module')
-def one_thread():
-    "Models of 10,000 weights gain nothing from a second thread, and lose a lot when the other core is busy"
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from util import (
 )
 from test_pairs import PASSES, by_hand, chat_rows, chat_tokenizer, encoded
 
-pytestmark = pytest.mark.usefixtures('one_thread', 'own_random_state')
+pytestmark = pytest.mark.usefixtures('own_random_state')
 
 # ---- the loss
 

@@ -336,7 +336,7 @@ def test_gaos_curve_is_found_again(form):
 
 
 @pytest.mark.parametrize('temperature', [1., .6])
-def test_stepwise_kl_has_the_same_mean_and_less_scatter(tiny, temperature, one_thread):
+def test_stepwise_kl_has_the_same_mean_and_less_scatter(tiny, temperature):
     """The mean of the summed log-ratios, which are held against enumeration above; padding changes nothing
     [fails at another temperature]"""
     s = sample(tiny['policy'], tiny['tok'], tiny['prompts'] * 60, 4, temperature=temperature, batch_size=360)

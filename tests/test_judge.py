@@ -759,7 +759,7 @@ def served_rows():
 
 
 @pytest.fixture(scope='module')
-def real_server(tmp_path_factory, one_thread):
+def real_server(tmp_path_factory):
     "`transformers serve` on the story model, which was taught to say [[A]] and nothing else"
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

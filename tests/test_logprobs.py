@@ -16,7 +16,7 @@ from mpo_nb.logprobs import (
 )
 from util import KINDS, TableLM, bpe, row_logps, tiny
 
-pytestmark = pytest.mark.usefixtures('one_thread', 'own_random_state')
+pytestmark = pytest.mark.usefixtures('own_random_state')
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15], [16], [17, 18, 19, 20]]
 ANSWERS = [[21, 22, 23, 1], [24, 1], [25, 26, 27, 28, 29, 30], [1]]

@@ -17,7 +17,7 @@ from mpo_nb.pairs import (
 )
 from util import KINDS, bpe, distance, pad_is_eos, row_logps, tiny, toy_pairs, toy_tokenizer
 
-pytestmark = pytest.mark.usefixtures('one_thread', 'own_random_state')
+pytestmark = pytest.mark.usefixtures('own_random_state')
 
 PASSES = plain_logps, single_logps, shared_logps
 PAIRS = [dict(prompt_ids=[5, 6, 7], chosen_ids=[21, 22, 23, 1], rejected_ids=[24, 1]),

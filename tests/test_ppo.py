@@ -40,7 +40,7 @@ import util
 from util import (KINDS, AtTheEnd, distance, fingerprint, in_a_new_process, letters, logged, pad_is_eos, ppo_trainer,
                   row_logps, steer, talker, tiny, toy_prompts, toy_tokenizer, weights)
 
-pytestmark = pytest.mark.usefixtures('one_thread', 'own_random_state')
+pytestmark = pytest.mark.usefixtures('own_random_state')
 
 
 @pytest.fixture

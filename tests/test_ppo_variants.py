@@ -26,7 +26,7 @@ from test_ppo import (AtTheEnd, end_state, little_run, lora, plain_gae, plain_re
 from util import (distance, fingerprint, in_a_new_process, letters, logged, ppo_trainer, row_logps, talker, tiny,
                   toy_prompts, toy_tokenizer, weights)
 
-pytestmark = pytest.mark.usefixtures('one_thread', 'own_random_state')
+pytestmark = pytest.mark.usefixtures('own_random_state')
 
 KINDS = sorted(KL_ESTIMATORS)
 

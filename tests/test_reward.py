@@ -26,7 +26,6 @@ from mpo_nb.reward import (
 DECODERS = 'gpt2', 'llama', 'neox'
 FAST = dict(learning_rate=1e-2, per_device_train_batch_size=4, lr_scheduler_type='constant')
 
-pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def rm(kind='llama', tok=None, seed=0):

@@ -19,7 +19,7 @@ from mpo_nb.sampling import check_sampling, sample, seeded
 from util import KINDS, pad_is_eos, row_logps, steer, tiny, toy_prompts, toy_tokenizer
 from test_logprobs import ANSWERS, PROMPTS
 
-pytestmark = pytest.mark.usefixtures('one_thread', 'own_random_state')
+pytestmark = pytest.mark.usefixtures('own_random_state')
 
 # ---- temperature and the sampling distribution
 

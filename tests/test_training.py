@@ -17,7 +17,6 @@ from mpo_nb.training import (
     save_adapter, train_sft, trainer_defaults, with_adapter
 )
 
-pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def demos(n=8):
