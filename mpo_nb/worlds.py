@@ -11,6 +11,7 @@ import functools
 import random
 import re
 from collections import Counter
+from numbers import Real
 
 import numpy as np
 from datasets import Dataset
@@ -32,7 +33,7 @@ def _check_sizes(**sizes):
     "A `UserError` where one of the sizes cannot be"
     for k,v in sizes.items():
         (low, high), whole = TOY_SIZES[k], k not in ('careless', 'by_prompt')
-        if not low <= v <= high or whole and v!=int(v):
+        if not isinstance(v, Real) or not low <= v <= high or whole and v!=int(v):
             raise UserError(f'ToyWorld({k}={v}): give a {"whole " if whole else ""}number from {low} to {high}.')
 
 # %% ../nbs/07_worlds.ipynb #21634f5a

@@ -42,8 +42,8 @@ def test_every_topic_in_both_splits():
 
 @pytest.mark.parametrize('bad', [dict(topics=1), dict(harmful=9), dict(turns=3), dict(turns=1.5), dict(topics=2.5),
                                  dict(careless=-1), dict(careless=9), dict(careless=float('nan')), dict(names=11),
-                                 dict(names=-1), dict(names=.5), dict(by_prompt=1.01), dict(by_prompt=-.1),
-                                 dict(by_prompt=float('nan'))],
+                                 dict(names=-1), dict(names=.5), dict(names='two'), dict(by_prompt=1.01),
+                                 dict(by_prompt=-.1), dict(by_prompt=float('nan')), dict(by_prompt='half')],
                          ids=str)
 def test_sizes_that_cannot_be(bad):
     with pytest.raises(UserError, match=next(iter(bad))): ToyWorld(**bad)
@@ -279,7 +279,7 @@ def test_a_turned_dial_is_reproducible(by_prompt):
 
 @pytest.mark.parametrize('turns', [1, 2])
 def test_prompts_with_names(turns):
-    "[fails when the name also goes into an earlier turn, or when it hides the topic]"
+    "[fails when the name also goes into an earlier turn]"
     plain, named = ToyWorld(turns=turns), ToyWorld(turns=turns, names=10)
     ps = named.all_prompts()
     assert len(set(ps)) == len(ps) == 11*len(plain.all_prompts()) and ps[::11] == plain.all_prompts()
@@ -302,8 +302,8 @@ def test_gap_and_gold_by_kind(by_prompt):
     else: assert gap[True] > gap[False] + by_prompt
     if by_prompt == 1:
         harm = np.array([toy.asked(p) in toy.harmful for p in ps])
-        level = {k: sorted({round(g, 6) for g in np.r_[a, b][np.tile(divided & (harm == k), 2)]}) for k in (False, True)}
-        assert level == {False: [-2.1, -.3, 1.5, 3.], True: [-2.3, -.3, 1.5, 3.]}
+        levels = [np.unique(np.round(a[divided & (harm == k)], 6)).tolist() for k in (False, True)]
+        assert levels == [[-2.1, -.3, 1.5, 3.], [-2.3, -.3, 1.5, 3.]]
         assert gap[False] == 0 and len(np.unique(np.round(a[~divided], 6))) == 2
 
 def test_difficulty_goes_from_the_pair_to_the_prompt():
@@ -317,7 +317,8 @@ def test_difficulty_goes_from_the_pair_to_the_prompt():
     assert icc == sorted(icc) and icc[0] < .13 and .13 < icc[2] < .35 and .35 < icc[3] < .65
 
 def test_rare_topics():
-    "[fails when prompts of other topics are left out, or a prompt comes back as the dial is turned up]"
+    """[fails when prompts of other topics are left out, when a prompt comes back as the dial is turned up, or the
+    tokenizer knows only the prompts that are left]"""
     worlds = [dial(d) for d in (0, .25, .5, 1)]
     kept = [set(w.all_prompts()) for w in worlds]
     assert all(more > fewer for more, fewer in zip(kept, kept[1:]))
@@ -325,11 +326,14 @@ def test_rare_topics():
     n = [sum(w.rare(p) for p in k) for w, k in zip(worlds, kept)]
     assert np.allclose(np.array(n)/n[0], [1, .775, .55, .1], atol=.04)
     assert all(w.rare_topics == worlds[0].rare_topics and len(w.rare_topics) == 2 for w in worlds)
-    assert len({str(sorted(w.tokenizer().get_vocab().items())) for w in worlds}) == 1
+    small = [ToyWorld(topics=2, harmful=1, by_prompt=d) for d in (0, 1)]        # a word is asked no more at 1
+    assert len({str(sorted(w.tokenizer().get_vocab().items())) for w in small}) == 1
     for split in ('train', 'test'):
-        assert {worlds[-1].asked(p) for p in worlds[-1].prompts(9000, split=split)} == {*worlds[0].facts, *worlds[0].harmful}
+        topics = {worlds[-1].asked(p) for p in worlds[-1].prompts(9000, split=split)}
+        assert topics == {*worlds[0].facts, *worlds[0].harmful}
 
 def test_texts_of_no_kind():
+    "[fails when `is_divided` takes for granted that there is a topic]"
     toy = dial(1.)
     for text in ('', 'Hello', '\n\nHuman: Hello.\n\nAssistant:', '\n\nHuman: cats\n\nAssistant:'):
         assert not toy.divided(text) and not toy.rare(text) and len(toy.demonstrate([text], 0)) == 1
@@ -352,6 +356,7 @@ def test_scales_are_those_of_the_labels(scale):
         assert (toy.scales(np.array(d['prompt'])[divided == kind].tolist()) == (scale or 1)*times).all()
 
 def test_prefer_a_takes_a_scale_for_each():
+    "[fails when all pairs get the mean scale]"
     a, b = np.ones(20_000), np.zeros(20_000)
     scale = np.tile([.2, 5.], 10_000)
     won = prefer_a(a, b, scale, 1)
