@@ -11,6 +11,7 @@ import functools
 import random
 import re
 from collections import Counter
+from numbers import Real
 
 import numpy as np
 from datasets import Dataset
@@ -19,20 +20,21 @@ from scipy.special import expit
 
 from .core import UserError
 from mpo_nb.toy_language import (
-    Demonstrators, FACTS, HARMFUL, phrase_book, random_llama, read_facts, split_sentences, toy_prompts, word_tokenizer
+    Demonstrators, FACTS, HARMFUL, is_divided, phrase_book, random_llama, read_facts, split_sentences, topic_levels,
+    toy_prompts, word_tokenizer
 )
 from .world_base import World
 
 # %% ../nbs/07_worlds.ipynb #2b5ed16a
-TOY_SIZES = dict(topics=(2, 20), harmful=(1, 8), turns=(1, 2), careless=(0, 5))  # from, to
+TOY_SIZES = dict(topics=(2, 20), harmful=(1, 8), turns=(1, 2), careless=(0, 5), names=(0, 10),
+                 by_prompt=(0, 1))  # from, to
 
 def _check_sizes(**sizes):
     "A `UserError` where one of the sizes cannot be"
     for k,v in sizes.items():
-        low, high = TOY_SIZES[k]
-        if not low <= v <= high or k!='careless' and v!=int(v):
-            raise UserError(f'ToyWorld({k}={v}): give a {"" if k=="careless" else "whole "}number '
-                            f'from {low} to {high}.')
+        (low, high), whole = TOY_SIZES[k], k not in ('careless', 'by_prompt')
+        if not isinstance(v, Real) or not low <= v <= high or whole and v!=int(v):
+            raise UserError(f'ToyWorld({k}={v}): give a {"whole " if whole else ""}number from {low} to {high}.')
 
 # %% ../nbs/07_worlds.ipynb #21634f5a
 class ToyWorld(World):
@@ -40,17 +42,22 @@ class ToyWorld(World):
     name, max_tokens = 'toy', 32  # of a demonstration, EOS included
 
     def __init__(self,
-        topics=8,     # number of harmless topics, 2 to 20
-        harmful=4,    # number of harmful topics, 1 to 8
-        turns=2,      # 2: half of the requests follow an earlier exchange; 1: none does, which is far easier
-        careless=1.,  # how often the demonstrators digress and repeat themselves: 0 to 5 times the usual
+        topics=8,      # number of harmless topics, 2 to 20
+        harmful=4,     # number of harmful topics, 1 to 8
+        turns=2,       # 2: half of the requests follow an earlier exchange; 1: none does, which is far easier
+        careless=1.,   # how often the demonstrators digress and repeat themselves: 0 to 5 times the usual
+        names=0,       # so many people, 0 to 10, ask each request once more, with their name
+        by_prompt=0.,  # 0: how hard a pair is is all the pair's, to 1: all the prompt's
     ):
-        _check_sizes(topics=topics, harmful=harmful, turns=turns, careless=careless)
-        facts = read_facts(FACTS)
-        self.turns, self.facts, self.harmful = turns, dict(list(facts.items())[:topics]), HARMFUL[:harmful]
-        self.book, self.people = phrase_book(self.facts), Demonstrators(self.facts, careless)
+        _check_sizes(topics=topics, harmful=harmful, turns=turns, careless=careless, names=names, by_prompt=by_prompt)
+        self.turns, self.names, self.by_prompt = turns, names, by_prompt
+        self.facts, self.harmful = dict(list(read_facts(FACTS).items())[:topics]), HARMFUL[:harmful]
+        self.book, self.people = phrase_book(self.facts), Demonstrators(self.facts, careless, by_prompt)
+        self.levels = topic_levels([*self.facts, *self.harmful])  # see `divided`
+        self.rare_topics = [*self.levels][2::3]                   # see `kept`
 
-    def all_prompts(self): return toy_prompts(self.facts, self.harmful, self.turns)
+    def requests(self): return toy_prompts(self.facts, self.harmful, self.turns, int(self.names))
+    def all_prompts(self): return [p for p in self.requests() if self.kept(p)] if self.by_prompt else self.requests()
 
 # %% ../nbs/07_worlds.ipynb #e40b1acb
 @patch
@@ -58,6 +65,12 @@ def asked(self:ToyWorld, prompt):
     "Topic of the last request in `prompt`, or None"
     words = re.findall(r'[a-z]+', prompt.rsplit('Human:', 1)[-1])
     return next((w for w in words if w in self.facts or w in self.harmful), None)
+
+# %% ../nbs/07_worlds.ipynb #b57d7ee0
+@patch
+def divided(self:ToyWorld, prompt)->bool:
+    "Is this a prompt whose answers differ much, once `by_prompt` is above 0?"
+    return is_divided(prompt, self.asked(prompt), self.levels)
 
 # %% ../nbs/07_worlds.ipynb #e7166434
 # kind of sentence: (events if the request is harmless, events if it is harmful)
@@ -114,7 +127,7 @@ def demonstrate(self:ToyWorld,
 )->list:      # of completions, each at most `max_tokens` long with its EOS
     "What the demonstrators answer"
     rng = random.Random(f'demonstrate {seed}')
-    return [self.people.answer(self.asked(p), rng, self.max_tokens) for p in prompts]
+    return [self.people.answer(self.asked(p), rng, self.max_tokens, self.divided(p)) for p in prompts]
 
 # %% ../nbs/07_worlds.ipynb #c12958af
 @patch
@@ -126,8 +139,8 @@ def demonstrations(self:ToyWorld, n, seed=0):
 # %% ../nbs/07_worlds.ipynb #27fc96d5
 @patch
 def tokenizer(self:ToyWorld):
-    "The word-level tokenizer of this world"
-    return word_tokenizer(self.all_prompts() + [f' {s}' for s in self.book])
+    "The word-level tokenizer of this world, the same for every `by_prompt`"
+    return word_tokenizer(self.requests() + [f' {s}' for s in self.book])
 
 # %% ../nbs/07_worlds.ipynb #a32deb21
 @patch
@@ -135,6 +148,24 @@ def model(self:ToyWorld, seed=0, **size):
     "A fresh random Llama (see `random_llama`) and the tokenizer of this world"
     tok = self.tokenizer()
     return random_llama(tok, seed, **size), tok
+
+# %% ../nbs/07_worlds.ipynb #52dc3d64
+@patch
+def rare(self:ToyWorld, prompt)->bool:
+    "Is the last request about a topic that gets rare as `by_prompt` grows?"
+    return self.asked(prompt) in self.rare_topics
+
+# %% ../nbs/07_worlds.ipynb #50bfca06
+@patch
+def kept(self:ToyWorld, prompt)->bool:
+    "Is this request asked in this world? Of those about rare topics only a share of 1 - 0.9*by_prompt is"
+    return not self.rare(prompt) or random.Random(prompt).random() < 1 - .9*self.by_prompt
+
+# %% ../nbs/07_worlds.ipynb #18ae3b8f
+@patch
+def scales(self:ToyWorld, prompts):
+    "Sharpness of the labeller: `scale`, times 2**by_prompt on divided prompts, 0.5**by_prompt on others: float [N]"
+    return self.scale*np.where([self.divided(p) for p in prompts], 2., .5)**self.by_prompt
 
 # %% ../nbs/07_worlds.ipynb #d3414d17
 GIRLS = 'Lily Sue Anna Lucy Amy Sara Jane Zoe Ella Emma'.split()

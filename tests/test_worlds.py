@@ -4,12 +4,15 @@ import numpy as np, pytest, torch
 from scipy.special import expit
 from transformers import AutoTokenizer
 from mpo_nb.core import UserError
-from mpo_nb.toy_language import FACTS, HARMFUL, read_facts, statement
-from mpo_nb.world_base import World, prefer_a
+from mpo_nb.checks import the_world
+from mpo_nb.recipe import load_recipe
+from mpo_nb.toy_language import FACTS, HARMFUL, NAMES, Demonstrators, read_facts, statement
+from mpo_nb.world_base import World, intraclass_correlation, prefer_a
 from mpo_nb.worlds import EVENTS, GOLD_RANGE, WEIGHTS, StoriesWorld, ToyWorld, get_world
 
 SIZES = [dict(), dict(topics=20, harmful=8), dict(topics=2, harmful=1),
-         dict(topics=6, harmful=2, turns=1, careless=2.5)]
+         dict(topics=6, harmful=2, turns=1, careless=2.5), dict(names=2, by_prompt=1.),
+         dict(topics=2, harmful=1, turns=1, names=10, by_prompt=.75)]
 CATS, BOMBS = '\n\nHuman: Tell me about cats.\n\nAssistant:', '\n\nHuman: How do I make bombs?\n\nAssistant:'
 
 
@@ -38,7 +41,9 @@ def test_every_topic_in_both_splits():
         assert {toy.asked(p) for p in toy.prompts(1000, split=split)} == {*toy.facts, *toy.harmful}
 
 @pytest.mark.parametrize('bad', [dict(topics=1), dict(harmful=9), dict(turns=3), dict(turns=1.5), dict(topics=2.5),
-                                 dict(careless=-1), dict(careless=9), dict(careless=float('nan'))],
+                                 dict(careless=-1), dict(careless=9), dict(careless=float('nan')), dict(names=11),
+                                 dict(names=-1), dict(names=.5), dict(names='two'), dict(by_prompt=1.01),
+                                 dict(by_prompt=-.1), dict(by_prompt=float('nan')), dict(by_prompt='half')],
                          ids=str)
 def test_sizes_that_cannot_be(bad):
     with pytest.raises(UserError, match=next(iter(bad))): ToyWorld(**bad)
@@ -229,3 +234,145 @@ def test_the_random_numbers_of_a_seed_stay(kw, seed, drawn):
     """Recorded before the worlds were split into rooms, so that results stay comparable with older ones
     [fails when anything draws one number more]"""
     assert fingerprint(ToyWorld(**kw), seed) == drawn
+
+
+# ---- the dial from the pair to the prompt
+
+DIAL = dict(topics=6, harmful=2, turns=1, careless=2.5, names=10)
+
+def dial(by_prompt): return ToyWorld(**DIAL, by_prompt=by_prompt)
+
+def sha(x): return hashlib.sha256(json.dumps(x).encode()).hexdigest()[:16]
+
+@pytest.mark.parametrize('kw,prompts,answers,vocab,pairs', [
+    (dict(), 'f3b242d9028477dd', '10b5c28ec02c2027', 'ecd33a7615754cd5', 'da17d1c8a6f4d224'),
+    (dict(topics=20, harmful=8), '22be41f7fd10b4c7', '50bc0e3ed76e582a', '3216071e6063bca9', '61859d62c47bfa61'),
+    (dict(topics=6, harmful=2, turns=1, careless=2.5),
+     '220d2e0ab10a493a', '7c430de5ce2a912e', '297ae2b11f9fa367', '23aba55dc40733c8')], ids=str)
+def test_a_dial_at_zero_is_the_world_before_it(kw, prompts, answers, vocab, pairs):
+    """Recorded before the world had names and a dial [fails when a random number is drawn at 0, or the labeller's
+    sharpness changes there]"""
+    toy = ToyWorld(**kw, names=0, by_prompt=0)
+    ps = toy.all_prompts()
+    found = sha(ps), sha(toy.demonstrate(ps, 5)), sha(sorted(toy.tokenizer().get_vocab().items()))
+    assert (*found, sha(toy.pairs(toy.demonstrate, 500, 5)[:])) == (prompts, answers, vocab, pairs)
+
+def test_no_random_number_is_drawn_at_zero():
+    "[fails when `answer` draws before it looks at the dial]"
+    for asked in ('cats', 'bombs'):
+        a, b = random.Random(1), random.Random(1)
+        same = [Demonstrators(read_facts(FACTS), 1., d).answer(asked, r, 32, divided=kind)
+                for r, d, kind in ((a, 0., False), (b, 0, True))]
+        assert same[0] == same[1] and a.getstate() == b.getstate()
+
+@pytest.mark.parametrize('by_prompt', [.5, 1.])
+def test_a_turned_dial_is_reproducible(by_prompt):
+    "[fails when kept prompts or answers hang on anything but the seed, such as `hash`]"
+    a, b = fingerprint(dial(by_prompt), 3), fingerprint(dial(by_prompt), 3)
+    assert a == b != fingerprint(dial(by_prompt), 4)
+    import subprocess, sys
+    code = (f'from mpo_nb.worlds import ToyWorld; w=ToyWorld(**{DIAL}, by_prompt={by_prompt}); '
+            'print(len(w.all_prompts()), w.demonstrations(20, 3)[:])')
+    out = {subprocess.run([sys.executable, '-c', code], env={**os.environ, 'PYTHONHASHSEED': h}, capture_output=True,
+                          text=True, check=True).stdout for h in ('1', '2')}
+    assert len(out) == 1
+
+@pytest.mark.parametrize('turns', [1, 2])
+def test_prompts_with_names(turns):
+    "[fails when the name also goes into an earlier turn]"
+    plain, named = ToyWorld(turns=turns), ToyWorld(turns=turns, names=10)
+    ps = named.all_prompts()
+    assert len(set(ps)) == len(ps) == 11*len(plain.all_prompts()) and ps[::11] == plain.all_prompts()
+    assert {p.count(' I am ') for p in ps} == {0, 1} and all(p.endswith('\n\nAssistant:') for p in ps)
+    for i, p in enumerate(ps):
+        assert named.asked(p) == named.asked(ps[i//11*11]) and named.divided(p) == named.divided(ps[i//11*11])
+        assert i % 11 == 0 or p.endswith(f' I am {NAMES[i % 11 - 1]}.\n\nAssistant:')
+    assert set(plain.tokenizer().get_vocab()) < set(named.tokenizer().get_vocab())
+
+@pytest.mark.parametrize('by_prompt', [0., .5, 1.])
+def test_gap_and_gold_by_kind(by_prompt):
+    """On alike prompts every gap goes to 0, on divided ones gaps spread over most of the scale
+    [fails when the kinds are swapped]"""
+    toy = dial(by_prompt)
+    ps = toy.prompts(4000)
+    a, b = (toy.gold(ps, toy.demonstrate(ps, s)) for s in (1, 2))
+    divided = np.array([toy.divided(p) for p in ps])
+    gap = {kind: np.abs(a-b)[divided == kind].mean() for kind in (False, True)}
+    if not by_prompt: assert abs(gap[True] - gap[False]) < .3
+    else: assert gap[True] > gap[False] + by_prompt
+    if by_prompt == 1:
+        harm = np.array([toy.asked(p) in toy.harmful for p in ps])
+        levels = [np.unique(np.round(a[divided & (harm == k)], 6)).tolist() for k in (False, True)]
+        assert levels == [[-2.1, -.3, 1.5, 3.], [-2.3, -.3, 1.5, 3.]]
+        assert gap[False] == 0 and len(np.unique(np.round(a[~divided], 6))) == 2
+
+def test_difficulty_goes_from_the_pair_to_the_prompt():
+    "[fails when the demonstrators ignore the dial]"
+    icc = []
+    for d in (0, .5, .75, 1):
+        toy = dial(d)
+        ps = [p for p in toy.prompts(400, 1) for _ in range(8)]
+        gap = np.abs(toy.gold(ps, toy.demonstrate(ps, 1)) - toy.gold(ps, toy.demonstrate(ps, 2)))
+        icc.append(intraclass_correlation(gap, ps))
+    assert icc == sorted(icc) and icc[0] < .13 and .13 < icc[2] < .35 and .35 < icc[3] < .65
+
+def test_rare_topics():
+    """[fails when prompts of other topics are left out, when a prompt comes back as the dial is turned up, or the
+    tokenizer knows only the prompts that are left]"""
+    worlds = [dial(d) for d in (0, .25, .5, 1)]
+    kept = [set(w.all_prompts()) for w in worlds]
+    assert all(more > fewer for more, fewer in zip(kept, kept[1:]))
+    assert all(worlds[0].rare(p) for p in kept[0]-kept[-1])
+    n = [sum(w.rare(p) for p in k) for w, k in zip(worlds, kept)]
+    assert np.allclose(np.array(n)/n[0], [1, .775, .55, .1], atol=.04)
+    assert all(w.rare_topics == worlds[0].rare_topics and len(w.rare_topics) == 2 for w in worlds)
+    small = [ToyWorld(topics=2, harmful=1, by_prompt=d) for d in (0, 1)]        # a word is asked no more at 1
+    assert len({str(sorted(w.tokenizer().get_vocab().items())) for w in small}) == 1
+    for split in ('train', 'test'):
+        topics = {worlds[-1].asked(p) for p in worlds[-1].prompts(9000, split=split)}
+        assert topics == {*worlds[0].facts, *worlds[0].harmful}
+
+def test_texts_of_no_kind():
+    "[fails when `is_divided` takes for granted that there is a topic]"
+    toy = dial(1.)
+    for text in ('', 'Hello', '\n\nHuman: Hello.\n\nAssistant:', '\n\nHuman: cats\n\nAssistant:'):
+        assert not toy.divided(text) and not toy.rare(text) and len(toy.demonstrate([text], 0)) == 1
+    assert toy.scales([]).shape == (0,)
+
+@pytest.mark.parametrize('scale', [None, 3.])
+def test_scales_are_those_of_the_labels(scale):
+    """Labels of divided prompts are right as often as their sharper labeller says; the recipe's `world.scale` counts
+    too [fails when `label` takes `scale` alone]"""
+    args = {f'world.args.{k}': v for k, v in DIAL.items()} | {'world.args.by_prompt': 1.}
+    toy = the_world(load_recipe('toy', **args, **({} if scale is None else {'world.scale': scale})))
+    ps = [p for p in toy.prompts(3000) if toy.asked(p) not in toy.harmful]
+    one, two = ([f' {statement(toy.asked(p), r, toy.facts[toy.asked(p)][r])}{end}' for p in ps]
+                for r, end in (('say', ''), ('eat', ' Have a nice day!')))                   # a gold gap of .5
+    d = toy.label(ps, one, two, seed=2)
+    assert np.allclose(np.subtract(d['gold_chosen'], d['gold_rejected']).__abs__(), .5)
+    right, divided = ~np.array(d['flipped']), np.array([toy.divided(p) for p in d['prompt']])
+    for kind, times in ((True, 2), (False, .5)):
+        assert abs(right[divided == kind].mean() - expit((scale or 1)*times*.5)) < .045
+        assert (toy.scales(np.array(d['prompt'])[divided == kind].tolist()) == (scale or 1)*times).all()
+
+def test_prefer_a_takes_a_scale_for_each():
+    "[fails when all pairs get the mean scale]"
+    a, b = np.ones(20_000), np.zeros(20_000)
+    scale = np.tile([.2, 5.], 10_000)
+    won = prefer_a(a, b, scale, 1)
+    assert abs(won[::2].mean() - expit(.2)) < .02 and abs(won[1::2].mean() - expit(5.)) < .01
+    assert (prefer_a(a, b, 2., 1) == prefer_a(a, b, np.full(20_000, 2.), 1)).all()
+
+def test_intraclass_correlation_by_plain_loops():
+    "[fails when k is the mean size of a group, or when groups of one value are left out]"
+    rng = np.random.default_rng(0)
+    groups = rng.choice(list('abcdefgh') + ['alone'], 60, p=[.12]*8 + [.04]).tolist() + ['last']
+    x = rng.normal(size=61).tolist()
+    of = {g: [v for v, h in zip(x, groups) if h == g] for g in groups}
+    N, n, mean = 61, len(of), sum(x)/61
+    between = sum(len(v)*(sum(v)/len(v) - mean)**2 for v in of.values())/(n-1)
+    within = sum((y - sum(v)/len(v))**2 for v in of.values() for y in v)/(N-n)
+    k = (N - sum(len(v)**2 for v in of.values())/N)/(n-1)
+    assert intraclass_correlation(x, groups) == pytest.approx((between-within)/(between+(k-1)*within))
+    for bad in (([1, 2], ['a']), ([1, 2], ['a', 'a']), ([1, 2], ['a', 'b']), ([], [])):
+        with pytest.raises(UserError): intraclass_correlation(*bad)
