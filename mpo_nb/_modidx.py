@@ -860,6 +860,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'mpo_nb.sets._flip': ('sets.html#_flip', 'mpo_nb/sets.py'),
                              'mpo_nb.sets._kind_of': ('sets.html#_kind_of', 'mpo_nb/sets.py'),
                              'mpo_nb.sets._like': ('sets.html#_like', 'mpo_nb/sets.py'),
+                             'mpo_nb.sets._longer_by': ('sets.html#_longer_by', 'mpo_nb/sets.py'),
+                             'mpo_nb.sets._matched': ('sets.html#_matched', 'mpo_nb/sets.py'),
                              'mpo_nb.sets._pick': ('sets.html#_pick', 'mpo_nb/sets.py'),
                              'mpo_nb.sets._rows': ('sets.html#_rows', 'mpo_nb/sets.py'),
                              'mpo_nb.sets.check_sets': ('sets.html#check_sets', 'mpo_nb/sets.py'),

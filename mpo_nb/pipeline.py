@@ -126,7 +126,7 @@ def set_definitions(
 ) -> dict:       # The definitions that decide it
     "A set's definition with those it refers to"
     if name not in sets: return {}
-    found, refers = {name: sets[name]}, re.findall(r"'(?:like|not|of)': '([^']*)'", str(sets[name]))
+    found, refers = {name: sets[name]}, re.findall(r"'(?:like|matched|not|of)': '([^']*)'", str(sets[name]))
     for other in refers: found |= set_definitions(sets, other) if other != name else {}
     return found
 

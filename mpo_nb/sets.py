@@ -39,6 +39,24 @@ def _complement(base, every, line, rng):
     "The pairs of `every` that aren't in `base`"
     return _pick(every, ~np.isin(_rows(every), _rows(base)))
 
+# %% ../nbs/14_sets.ipynb #584400e4
+def _longer_by(ds):
+    "Words of chosen minus words of rejected, [N]"
+    return np.array([len(c.split()) - len(r.split()) for c, r in zip(ds['chosen'][:], ds['rejected'][:])], int)
+
+# %% ../nbs/14_sets.ipynb #7c54f9c6
+def _matched(base, every, line, rng):
+    "As many random pairs of `every` as `base` has, with its distribution of the difference in length, in 20 bins"
+    if not len(base): return base
+    edges = np.quantile(_longer_by(base), np.linspace(0, 1, 21))
+    wanted, there = (np.digitize(_longer_by(d), np.unique([*edges, edges[-1] + 1])) for d in (base, every))
+    order, picks = rng.permutation(len(every)), []
+    for k, n in zip(*np.unique(wanted, return_counts=True)):
+        picks.append(order[there[order] == k][:n])
+        if len(picks[-1]) < n: raise UserError(f'gap.sets: a set can\'t be matched to {line["matched"]!r}: its labels '
+                                               'were changed, and all has fewer pairs of some difference in length')
+    return every.select(np.sort(np.concatenate(picks)))
+
 # %% ../nbs/14_sets.ipynb #d0786454
 def _band(base, every, line, rng):
     "The pairs of `base` whose gap is between two quantiles"
@@ -75,6 +93,7 @@ def is_band(x):
 # %% ../nbs/14_sets.ipynb #60da31ec
 SET_KINDS = {
     'like': SetKind(_like, is_name, 'the name of a set', ('seed',)),
+    'matched': SetKind(_matched, is_name, 'the name of a set', ('seed',)),
     'not':  SetKind(_complement, is_name, 'the name of a set'),
     'band': SetKind(_band, is_band, '{quantile: [LOW, HIGH]} with 0 <= LOW < HIGH <= 1', ('of',)),
     'flip': SetKind(_flip, is_share, 'a share above 0 and at most 1', ('of', 'seed'))}
