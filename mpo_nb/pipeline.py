@@ -214,7 +214,8 @@ FIRST = (
           parallel=True),
     Stage('gaps', stage_gaps, 5, reads=('sft', 'pairs', 'data', 'reward', 'judge'), writes=('gaps.parquet',),
           keys=('gap.threshold', 'gap.easy_fraction', 'gap.max_wrong', 'gap.folds', 'gap.disagree', 'reward', 'model',
-                'eval.judge', *LENGTHS), parallel=True))
+                'eval.judge', *LENGTHS), parallel=True,
+          own=lambda r: None if r.gap.scores == 'reward' else r.gap.scores))
 
 # %% ../nbs/41_pipeline.ipynb #a02df192
 def stages(

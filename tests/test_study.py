@@ -10,7 +10,7 @@ import yaml
 from mpo_nb.core import UserError
 from mpo_nb.pipeline import stages
 from mpo_nb.recipe import load_recipe
-from mpo_nb.cells import Study, all_variants, cell_folder, load_study, parse_seeds
+from mpo_nb.cells import Study, all_variants, cell_folder, load_study, parse_seeds, run_cells
 from mpo_nb.study import compare_policies, notes, plan
 from mpo_nb.cli import main
 
@@ -201,6 +201,25 @@ def test_one_more_policy_moves_no_other(tmp_path):
     after = pd.read_parquet(tmp_path/'run'/'completions.parquet')
     same = after[after.policy != 'control'].reset_index(drop=True)
     pd.testing.assert_frame_equal(before, same)
+
+
+# --- controls: gaps of an oracle
+
+def test_gaps_from_the_gold_share_all_but_what_follows(tmp_path):
+    """The file has the same columns, rewards and gap in it are the gold's, and the easy set is what the gold says; the
+    reward model is shared with the cell of the usual split [fails when the stage's key doesn't hold `gap.scores`, and
+    when pairs are scored by the reward model]"""
+    path = write_study(tmp_path/'s.yaml', policies=dict(dpo_easy=dict(method='dpo', data='easy')),
+                       variants={'usual': {}, 'oracle': {'gap.scores': 'gold'}})
+    assert run_cells(load_study(path), [10], tmp_path/'out', say=lambda s: None) == {}
+    usual, oracle = (tmp_path/'out'/v/'seed-10' for v in ('usual', 'oracle'))
+    a, b = (pd.read_parquet(f/'gaps.parquet') for f in (usual, oracle))
+    assert list(a) == list(b) and sorted(a.source_row) == sorted(b.source_row)
+    assert (b.reward_chosen == b.gold_chosen).all() and (b.gap == b.gold_chosen - b.gold_rejected).all()
+    assert not (a.gap == a.gold_chosen - a.gold_rejected).any()
+    assert b[b.set == 'easy'].gap.min() >= b[b.set == 'hard'].gap.max() and not b[b.set == 'easy'].flipped.any()
+    assert {n: os.path.samefile(usual/n/'stage.json', oracle/n/'stage.json')
+            for n in ('reward', 'gaps', 'dpo_easy')} == dict(reward=True, gaps=False, dpo_easy=False)
 
 
 def load_path(name):
