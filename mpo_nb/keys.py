@@ -78,7 +78,8 @@ class DataKeys:
     long_prompts: Literal['aside', 'cut'] = key(
         'aside', 'aside: pairs with too long a prompt are set aside and counted; '
                  'cut: the start of the prompt is cut off (counted too)')
-    temperature: float = key(1.0, 'temperature at which a world samples its pairs', POSITIVE)
+    temperature: float = key(
+        1.0, 'temperature at which pairs are sampled, in a world and for sets of kind sampled', POSITIVE)
 
 # %% ../nbs/33_keys.ipynb #abee0ea1
 @dataclass
@@ -148,7 +149,8 @@ class GapKeys:
     sets: dict = key(
         {}, 'further sets of pairs for policies to train on, such as {random: {like: easy}, rest: {not: random}, '
             'alike: {matched: easy} (random, but as long as easy), middle: {band: {quantile: [0.25, 0.75]}}, '
-            'noisy: {flip: 0.2, of: easy}}')
+            'noisy: {flip: 0.2, of: easy}, fresh: {sampled: dpo_easy} (answers of a policy, labelled by the reward '
+            'model)}')
     second_label: str | None = key(
         None, '`mpo gaps`: column of the data that tells whether a second, independent label agrees with the first '
               '(true, false; nothing: there is none); the share of wrong labels is estimated from it')

@@ -155,6 +155,12 @@ def test_sets_come_in_the_order_of_the_recipe_whatever_they_wait_for():
     ({'x': {'band': {'quantile': [0, 1], 'z': 1}}}, 'band is'),
     ({'x': {'band': {'quantile': [-.1, 1]}}}, 'band is'),
     ({'x': {'band': {'quantile': [0, 1]}, 'of': ['easy']}}, 'refers to'),
+    ({'x': {'sampled': 3}}, 'gap.sets.x.sampled is 3: give the name of a policy'),
+    ({'x': {'sampled': 'dpo', 'seed': 1}}, "unknown key 'seed'"),
+    ({'x': {'sampled': 'dpo', 'of': 'y'}}, "refers to 'y'"),
+    ({'x': {'sampled': 'dpo'}, 'y': {'like': 'x'}}, 'gap.sets.y refers to x, and its pairs are sampled in the run'),
+    ({'x': {'sampled': 'dpo'}, 'y': {'flip': .1, 'of': 'x'}}, 'gap.sets.y refers to x'),
+    ({'x': {'sampled': 'dpo'}, 'y': {'sampled': 'ppo', 'of': 'x'}}, 'gap.sets.y refers to x'),
     ({'x': {'like': 'esay'}}, "gap.sets.x refers to 'esay'; there are all, easy, hard, aside, x"),
     ({'x': {'flip': .1, 'of': 'y'}}, "refers to 'y'"), ({'x': {'like': 'x'}}, 'wait for each other: x <- x'),
     ({'x': {'like': 'y'}, 'y': {'not': 'z'}, 'z': {'flip': .1, 'of': 'x'}}, 'wait for each other')])
@@ -162,6 +168,11 @@ def test_what_cannot_be_is_named_before_anything_runs(spec, says):
     with pytest.raises(UserError, match=says) as e: check_sets(spec)
     assert '\n' not in str(e.value)
     with pytest.raises(UserError, match=says): make_sets(pairs(), spec)
+
+
+def test_sampled_sets_are_left_to_the_run():
+    "[fails when the kind without a function is called]"
+    assert list(make_sets(pairs(), {'fresh': {'sampled': 'dpo'}, 'rest': {'not': 'easy'}})) == [*BASE_SETS, 'rest']
 
 
 def test_no_sets_are_fine_and_an_empty_one_is_not():

@@ -1,6 +1,7 @@
 """Studies: the same numbers after any number of kills, shared stages trained once, failed cells reported, and the plan;
 recipes that add policies, adapters, several processes"""
 import json, os, re, shutil, subprocess, sys
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -8,9 +9,11 @@ import pytest
 import yaml
 
 from mpo_nb.core import UserError
-from mpo_nb.pipeline import stages
+from mpo_nb.pipeline import sampled_pairs, stages, with_only
 from mpo_nb.recipe import load_recipe
-from mpo_nb.cells import Study, all_variants, cell_folder, load_study, parse_seeds, run_cells
+from mpo_nb.reward import RewardModel
+from mpo_nb.runs import Work
+from mpo_nb.cells import Study, all_variants, cell_folder, cell_recipe, load_study, parse_seeds, run_cells
 from mpo_nb.study import compare_policies, notes, plan
 from mpo_nb.cli import main
 
@@ -220,6 +223,63 @@ def test_gaps_from_the_gold_share_all_but_what_follows(tmp_path):
     assert b[b.set == 'easy'].gap.min() >= b[b.set == 'hard'].gap.max() and not b[b.set == 'easy'].flipped.any()
     assert {n: os.path.samefile(usual/n/'stage.json', oracle/n/'stage.json')
             for n in ('reward', 'gaps', 'dpo_easy')} == dict(reward=True, gaps=False, dpo_easy=False)
+
+
+# --- controls: pairs that a policy samples
+
+ONLINE = dict(gap=dict(easy_fraction=.5, sets=dict(fresh=dict(sampled='dpo_easy', of='hard'))),
+              policies=dict(online=dict(method='dpo', data='fresh'), dpo_easy=dict(method='dpo', data='easy')))
+
+
+@pytest.fixture(scope='module')
+def online(tmp_path_factory):
+    "(study, folder) of DPO from SFT on answers of dpo_easy: as it is, and with another dpo_easy"
+    tmp = tmp_path_factory.mktemp('online')
+    study = load_study(write_study(tmp/'s.yaml', **ONLINE, variants={
+        'shipped': {}, 'other': {'policies.dpo_easy.learning_rate': .02}}))
+    assert run_cells(study, [10], tmp/'out', say=lambda s: None) == {}
+    return study, tmp/'out'
+
+
+def test_sampled_pairs_are_the_samplers_and_labelled_by_the_reward_model(online):
+    """Every prompt of the set has a pair or is counted; the reward model's score of chosen is higher by the gap; made
+    again they are the same, and under another name others [fails when the lower score is chosen, when the samples are
+    those of sft, and when their seed is the clock's]"""
+    study, folder = online
+    run = folder/'shipped'/'seed-10'
+    r = cell_recipe(study, 'shipped', 10, folder)
+    stage, pairs = stages(r)['online'], pd.read_parquet(run/'online'/'pairs.parquet')
+    metrics = json.loads((run/'online'/'stage.json').read_text())['metrics']
+    hard = pd.read_parquet(run/'gaps.parquet').query('set == "hard"').sort_values('source_row')
+    assert list(pairs) == ['prompt', 'chosen', 'rejected', 'gap'] and metrics['pairs'] == len(pairs) > 20
+    assert len(pairs) + metrics['equal_texts'] + metrics['equal_scores'] == len(hard)
+    reward = RewardModel.load(run/'reward')
+    score = lambda k: reward([*pairs.prompt], [*pairs[k]])
+    assert (pairs.gap > 0).all() and score('chosen') - score('rejected') == pytest.approx(pairs.gap, abs=1e-4)
+    made = lambda name, sets: sampled_pairs(Work(replace(r, gap=replace(r.gap, sets=sets)), run, None, stage, None),
+                                            name, [*hard.prompt])[0].to_pandas()
+    pd.testing.assert_frame_equal(pairs, made('fresh', r.gap.sets))
+    assert not pairs.equals(made('x', dict(x=dict(sampled='dpo_easy'))))
+    assert not pairs.equals(made('fresh', dict(fresh=dict(sampled='sft'))))
+
+
+def test_another_sampler_makes_other_pairs(online):
+    "Though it starts from SFT, the policy is trained again [fails when its stage doesn't read the sampler]"
+    a, b = (online[1]/v/'seed-10' for v in ('shipped', 'other'))
+    assert os.path.samefile(a/'gaps'/'stage.json', b/'gaps'/'stage.json')
+    assert not os.path.samefile(a/'online'/'stage.json', b/'online'/'stage.json')
+    assert not pd.read_parquet(a/'online'/'pairs.parquet').equals(pd.read_parquet(b/'online'/'pairs.parquet'))
+
+
+def test_the_sampler_comes_first():
+    """Written behind, trained before, with `--only` too; the stage reads it, the reward model and the set; rows without
+    samples have the keys that they had before there were samples [fails when the row holds a new field]"""
+    r = load_recipe('toy', policies=ONLINE['policies'], **{'gap.sets': ONLINE['gap']['sets']})
+    assert [*with_only(r, ['online']).policies] == ['online', 'dpo_easy']
+    table = stages(with_only(r, ['online']))
+    assert [*table].index('dpo_easy') < [*table].index('online')
+    assert {'sft', 'gaps', 'reward', 'dpo_easy'} == set(table['online'].reads)
+    assert set(table['dpo_easy'].own(r)) == {'method', 'start', 'reference', 'data', 'keys', 'sets'}
 
 
 def load_path(name):
