@@ -13,8 +13,10 @@ from mpo_nb.pipeline import sampled_pairs, stages, with_only
 from mpo_nb.recipe import load_recipe
 from mpo_nb.reward import RewardModel
 from mpo_nb.runs import Work
-from mpo_nb.cells import Study, all_variants, cell_folder, cell_recipe, load_study, parse_seeds, run_cells
-from mpo_nb.study import compare_policies, notes, plan
+from mpo_nb.cells import (
+    Study, all_variants, cell_folder, cell_recipe, load_study, parse_seeds, random_settings, run_cells
+)
+from mpo_nb.study import best_draws, compare_policies, notes, plan, study_page
 from mpo_nb.cli import main
 
 ENV = dict(os.environ, OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
@@ -24,6 +26,10 @@ TINY = dict(recipe='toy', model=dict(size=dict(hidden_size=32, num_hidden_layers
             ppo=dict(rollout_batch_size=16, num_rollouts=2, save_steps=2),
             policies=dict(dpo_easy=dict(method='dpo', data='easy'),
                           mpo=dict(method='ppo', start='dpo_easy', data='hard')))
+
+
+SPACE = {'dpo.beta': {'uniform': [.05, .5]}, 'dpo.learning_rate': {'log': [1e-4, 1e-3]},
+         'dpo.max_steps': {'choice': [100, 200, 400]}}
 
 
 def write_study(path, **keys):
@@ -141,6 +147,17 @@ def test_the_plan(studies, capsys):
     (dict(variants={'a': {'dpo.betta': 1}}), 'unknown key `dpo.betta`'),
     (dict(factors={'dpo.beta': 1}), 'a list of values'),
     (dict(variants={'a': {'dpo.beta': -1}}), '`dpo.beta` is -1'), (dict(compare=['mpo']), 'pairs [A, B]'),
+    (dict(draws=[1]), '`draws` should be'), (dict(draws=dict(space=SPACE)), '`draws.n` is 0'),
+    (dict(draws=dict(n=True, space=SPACE)), '`draws.n` is True'), (dict(draws=dict(n=2)), '`draws.space` is None'),
+    (dict(draws=dict(n=2, space=SPACE, best=1)), '`draws.best` is not known'),
+    (dict(draws=dict(n=2, space={'dpo.beta': [1, 2]})), '`draws.space.dpo.beta` is [1, 2]: say one of log, uniform'),
+    (dict(draws=dict(n=2, space={'dpo.beta': {'log': ['1e-4', 1]}})), 'write 1.0e-4'),
+    (dict(draws=dict(n=2, space={'dpo.beta': {'uniform': [0, float('inf')]}})), '`draws.space.dpo.beta.uniform` is'),
+    (dict(draws=dict(n=2, space={'dpo.betta': {'uniform': [0, 1]}})), 'unknown key `dpo.betta`'),
+    (dict(draws=dict(n=2, space={'dpo.max_steps': {'uniform': [5, 9]}})), '`dpo.max_steps` should be'),
+    (dict(draws=dict(n=9, space={'dpo.beta': {'uniform': [-1, 1]}})), '`dpo.beta` is -'),
+    (dict(draws=dict(n=2, space=SPACE), factors={'dpo.beta': [1]}), '`dpo.beta` is drawn and set'),
+    (dict(draws=dict(n=2, space=SPACE), variants={'a': {'dpo': {'beta': 1}}}), '`dpo.beta` is drawn and set'),
     (dict(recipe='toys'), "no recipe 'toys'")])
 def test_wrong_studies(keys, says, tmp_path, capsys):
     assert main(['study', write_study(tmp_path/'s.yaml', **keys), '--output_dir', str(tmp_path/'out')]) == 2
@@ -181,6 +198,59 @@ def test_grid_and_seeds():
     assert parse_seeds('1,3-5') == [1, 3, 4, 5]
     with pytest.raises(UserError): parse_seeds('5-1')
     assert cell_folder('x', '../up, and/over', 3) == Path('x/up_and_over/seed-3')
+
+
+# --- draws
+
+def test_draws_are_the_same_again_in_bounds_and_spread():
+    """Whatever the order of keys, and beside another key or more draws; written as YAML and read they are the same, the
+    rounded ones inside the bounds; a log range is even over magnitudes, a choice hits each value
+    [fails with one generator for all keys, and when a log range is drawn evenly]"""
+    drawn = random_settings(300, SPACE | {'x': {'log': [1.2345e-6, 1]}})
+    assert yaml.safe_load(yaml.safe_dump(drawn)) == drawn == random_settings(300, dict(
+        reversed((SPACE | {'x': {'log': [1.2345e-6, 1]}}).items())))
+    assert random_settings(12, SPACE) == {k: {x: v[x] for x in SPACE} for k, v in [*drawn.items()][:12]}
+    assert random_settings(12, SPACE, 1) != random_settings(12, SPACE)
+    df = pd.DataFrame(drawn).T
+    assert [*df.index][:2] == ['draw-01', 'draw-02'] and df.x.between(1.2345e-6, 1).all()
+    assert df['dpo.beta'].between(.05, .5).all() and abs(df['dpo.beta'].mean() - .275) < .03
+    assert .4 < (df['dpo.learning_rate'] < 10**-3.5).mean() < .6 and .4 < (df.x < 1.1e-3).mean() < .6
+    assert df['dpo.max_steps'].value_counts().reindex([100, 200, 400]).min() > 75
+    assert all(float(f'{v:.3g}') == v for v in df['dpo.learning_rate'])
+
+
+def test_draws_with_variants_and_factors(tmp_path, capsys):
+    "Every combination is a cell with its keys, and the plan says so before anything runs"
+    path = write_study(tmp_path/'s.yaml', draws=dict(n=2, seed=3, space=SPACE),
+                       variants={'a': {}, 'b': {'ppo.lam': .9}},
+                       factors={'ppo.kl_coef': [.1, .2]})
+    study = load_study(path)
+    assert len(study.variants) == 8 and study.draws['n'] == 2
+    drawn = random_settings(2, SPACE, 3)
+    assert study.variants['b (kl_coef=0.2) (draw-02)'] == {'ppo.lam': .9, 'ppo.kl_coef': .2} | drawn['draw-02']
+    r = cell_recipe(study, 'a (kl_coef=0.1) (draw-01)', 5, tmp_path)
+    assert [r.dpo.beta, r.dpo.learning_rate, r.dpo.max_steps] == [*drawn['draw-01'].values()]
+    assert main(['study', path, '--seeds', '10', '--output_dir', str(tmp_path/'out'), '--dry_run']) == 0
+    assert 'a (kl_coef=0.1) (draw-02), seed 10' in capsys.readouterr().out
+    assert len({cell_folder('x', v, 0) for v in study.variants}) == 8
+
+
+def test_best_draws_need_all_seeds_and_stand_on_the_page(tmp_path):
+    """A draw that lacks a seed comes last, however good; the page has a table for each policy but sft, with what was
+    drawn [fails when a lucky mean of one seed is first, and without the table]"""
+    study = load_study(write_study(tmp_path/'s.yaml', draws=dict(n=3, space=SPACE)))
+    scores = {('draw-01', 'mpo'): [1., 2.], ('draw-02', 'mpo'): [3., 5.], ('draw-03', 'mpo'): [9.]}
+    df = pd.DataFrame([dict(variant=v, seed=s, policy=q, score=x, se=.1, kl=1., length=9., win_rate=.5, seconds=1.)
+                       for (v, _), xs in scores.items() for s, x in enumerate(xs) for q in ('sft', 'mpo')])
+    best = best_draws(df, 'mpo')
+    assert [*best.variant] == ['draw-02', 'draw-01', 'draw-03'] and [*best.seeds] == [2, 2, 1]
+    assert best.score[0] == 4 and best.se[0] == pytest.approx(1)
+    with pytest.raises(UserError, match="no policy 'ppo'"): best_draws(df, 'ppo')
+    page = study_page(study, [0, 1], tmp_path, df, {})
+    table = page[page.index('Draws, best first'):page.index('Differences of policies')]
+    assert table.count('<h3>') == 1 and '<h3>mpo</h3>' in table and table.index('draw-02') < table.index('draw-01')
+    assert f"dpo.beta = {study.variants['draw-02']['dpo.beta']}" in table
+    assert 'Draws, best first' not in study_page(replace(study, draws=None), [0, 1], tmp_path, df, {})
 
 
 # --- one more policy, fewer policies
@@ -271,10 +341,10 @@ def test_another_sampler_makes_other_pairs(online):
     assert not pd.read_parquet(a/'online'/'pairs.parquet').equals(pd.read_parquet(b/'online'/'pairs.parquet'))
 
 
-def test_the_sampler_comes_first():
+def test_the_sampler_comes_first(tmp_path):
     """Written behind, trained before, with `--only` too; the stage reads it, the reward model and the set; rows without
     samples have the keys that they had before there were samples [fails when the row holds a new field]"""
-    r = load_recipe('toy', policies=ONLINE['policies'], **{'gap.sets': ONLINE['gap']['sets']})
+    r = cell_recipe(load_study(write_study(tmp_path/'s.yaml', **ONLINE)), 'shipped', 0, tmp_path)
     assert [*with_only(r, ['online']).policies] == ['online', 'dpo_easy']
     table = stages(with_only(r, ['online']))
     assert [*table].index('dpo_easy') < [*table].index('online')
