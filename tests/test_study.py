@@ -298,13 +298,13 @@ def test_gaps_from_the_gold_share_all_but_what_follows(tmp_path):
 # --- controls: pairs that a policy samples
 
 ONLINE = dict(gap=dict(easy_fraction=.5, sets=dict(fresh=dict(sampled='dpo_easy', of='hard'))),
-              policies=dict(online=dict(method='dpo', data='fresh'), dpo_easy=dict(method='dpo', data='easy')))
+              policies=dict(again=dict(method='dpo', data='fresh'), dpo_easy=dict(method='dpo', data='easy')))
 
 
 @pytest.fixture(scope='module')
 def online(tmp_path_factory):
     "(study, folder) of DPO from SFT on answers of dpo_easy: as it is, and with another dpo_easy"
-    tmp = tmp_path_factory.mktemp('online')
+    tmp = tmp_path_factory.mktemp('again')
     study = load_study(write_study(tmp/'s.yaml', **ONLINE, variants={
         'shipped': {}, 'other': {'policies.dpo_easy.learning_rate': .02}}))
     assert run_cells(study, [10], tmp/'out', say=lambda s: None) == {}
@@ -318,8 +318,8 @@ def test_sampled_pairs_are_the_samplers_and_labelled_by_the_reward_model(online)
     study, folder = online
     run = folder/'shipped'/'seed-10'
     r = cell_recipe(study, 'shipped', 10, folder)
-    stage, pairs = stages(r)['online'], pd.read_parquet(run/'online'/'pairs.parquet')
-    metrics = json.loads((run/'online'/'stage.json').read_text())['metrics']
+    stage, pairs = stages(r)['again'], pd.read_parquet(run/'again'/'pairs.parquet')
+    metrics = json.loads((run/'again'/'stage.json').read_text())['metrics']
     hard = pd.read_parquet(run/'gaps.parquet').query('set == "hard"').sort_values('source_row')
     assert list(pairs) == ['prompt', 'chosen', 'rejected', 'gap'] and metrics['pairs'] == len(pairs) > 20
     assert len(pairs) + metrics['equal_texts'] + metrics['equal_scores'] == len(hard)
@@ -337,18 +337,18 @@ def test_another_sampler_makes_other_pairs(online):
     "Though it starts from SFT, the policy is trained again [fails when its stage doesn't read the sampler]"
     a, b = (online[1]/v/'seed-10' for v in ('shipped', 'other'))
     assert os.path.samefile(a/'gaps'/'stage.json', b/'gaps'/'stage.json')
-    assert not os.path.samefile(a/'online'/'stage.json', b/'online'/'stage.json')
-    assert not pd.read_parquet(a/'online'/'pairs.parquet').equals(pd.read_parquet(b/'online'/'pairs.parquet'))
+    assert not os.path.samefile(a/'again'/'stage.json', b/'again'/'stage.json')
+    assert not pd.read_parquet(a/'again'/'pairs.parquet').equals(pd.read_parquet(b/'again'/'pairs.parquet'))
 
 
 def test_the_sampler_comes_first(tmp_path):
     """Written behind, trained before, with `--only` too; the stage reads it, the reward model and the set; rows without
     samples have the keys that they had before there were samples [fails when the row holds a new field]"""
     r = cell_recipe(load_study(write_study(tmp_path/'s.yaml', **ONLINE)), 'shipped', 0, tmp_path)
-    assert [*with_only(r, ['online']).policies] == ['online', 'dpo_easy']
-    table = stages(with_only(r, ['online']))
-    assert [*table].index('dpo_easy') < [*table].index('online')
-    assert {'sft', 'gaps', 'reward', 'dpo_easy'} == set(table['online'].reads)
+    assert [*with_only(r, ['again']).policies] == ['again', 'dpo_easy']
+    table = stages(with_only(r, ['again']))
+    assert [*table].index('dpo_easy') < [*table].index('again')
+    assert {'sft', 'gaps', 'reward', 'dpo_easy'} == set(table['again'].reads)
     assert set(table['dpo_easy'].own(r)) == {'method', 'start', 'reference', 'data', 'keys', 'sets'}
 
 
