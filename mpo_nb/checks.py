@@ -38,6 +38,11 @@ def check_split(r: Recipe):
     if r.gap.folds is not None and r.reward.name:
         raise UserError(f'`gap.folds` is {r.gap.folds}: a finished reward model (`reward.name`) has no folds; '
                         'leave one of the two out')
+    if r.gap.scores == 'gold' and not r.world.name:
+        raise UserError('`gap.scores` is gold, and only worlds have a gold reward: leave it out')
+    if r.gap.scores == 'gold' and r.gap.folds is not None:
+        raise UserError(f'`gap.folds` is {r.gap.folds}: the gold reward (`gap.scores`) is not trained, so it has no '
+                        'folds; leave one of the two out')
     if r.gap.second_label and r.name != 'gaps':
         raise UserError('gap.second_label is read by `mpo gaps` only: leave it out of the recipe of a run')
 

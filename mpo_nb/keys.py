@@ -78,7 +78,8 @@ class DataKeys:
     long_prompts: Literal['aside', 'cut'] = key(
         'aside', 'aside: pairs with too long a prompt are set aside and counted; '
                  'cut: the start of the prompt is cut off (counted too)')
-    temperature: float = key(1.0, 'temperature at which a world samples its pairs', POSITIVE)
+    temperature: float = key(
+        1.0, 'temperature at which pairs are sampled, in a world and for sets of kind sampled', POSITIVE)
 
 # %% ../nbs/33_keys.ipynb #abee0ea1
 @dataclass
@@ -138,6 +139,8 @@ class GapKeys:
         None, 'or: pairs are easy where the label is wrong with a lower probability than this; '
               'it comes from gaps calibrated on pairs that the reward model has not seen',
         Bound('between 0 and 0.5, neither of them', lambda v: 0 < v < .5))
+    scores: Literal['reward', 'gold'] = key(
+        'reward', "whose gaps: the reward model's, or the world's gold reward, an oracle that a run on data hasn't")
     folds: int | None = key(
         None, 'score each pair with a reward model that did not see its prompt: '
               'so many are trained besides the one of stage reward; null: score with that one', at_least(2))
@@ -145,7 +148,9 @@ class GapKeys:
         'hard', 'what becomes of pairs whose label the reward model contradicts by more than the threshold')
     sets: dict = key(
         {}, 'further sets of pairs for policies to train on, such as {random: {like: easy}, rest: {not: random}, '
-            'middle: {band: {quantile: [0.25, 0.75]}}, noisy: {flip: 0.2, of: easy}}')
+            'alike: {matched: easy} (random, but as long as easy), middle: {band: {quantile: [0.25, 0.75]}}, '
+            'noisy: {flip: 0.2, of: easy}, fresh: {sampled: dpo_easy} (answers of a policy, labelled by the reward '
+            'model)}')
     second_label: str | None = key(
         None, '`mpo gaps`: column of the data that tells whether a second, independent label agrees with the first '
               '(true, false; nothing: there is none); the share of wrong labels is estimated from it')

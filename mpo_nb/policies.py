@@ -12,7 +12,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 
 from .core import UserError
-from .sets import BASE_SETS, check_sets
+from .sets import BASE_SETS, check_sets, sampler_of
 from .keys import DPOKeys, PPOKeys, Recipe, SFTKeys, bound_error, recipe_keys
 from .recipe import check_key, parse_values
 
@@ -29,6 +29,7 @@ class Policy:
     reference: str = None       # Policy that the KL is measured to; None: `start`
     data: str = 'all'           # Set of pairs
     keys: dict = field(default_factory=dict)   # Every key of the method with its value in this policy
+    sampler: str = None         # Policy that samples its pairs; None: they are given
 
     def __post_init__(self): self.reference = self.reference or self.start
 
@@ -90,20 +91,23 @@ def read_policy(
             raise UserError(f'`policies.{name}.{k}` should be a name, not {row[k]!r:.60}')
     given = own_keys(name, row['method'], {k: v for k, v in row.items() if k not in FIXED})
     fixed = {k: row[k] for k in FIXED if row.get(k) is not None}
-    return Policy(name, keys=method_keys(r, row['method'], given), **fixed)
+    return Policy(name, keys=method_keys(r, row['method'], given), sampler=sampler_of(r.gap.sets, row.get('data')),
+                  **fixed)
 
 # %% ../nbs/35_policies.ipynb #f1aba8c1
 def needs(p: Policy) -> list:
     "The policies that must be there before this one"
-    return [n for n in dict.fromkeys((p.start, p.reference)) if n != 'sft']
+    return [n for n in dict.fromkeys((p.start, p.reference, p.sampler)) if n not in ('sft', None)]
 
 # %% ../nbs/35_policies.ipynb #72268f3b
 def check_links(policies: dict): # name -> Policy
-    "`UserError` for a start or reference that is no policy"
+    "`UserError` for a start, a reference or a set's sampler that is no policy"
     for p in policies.values():
-        for k in ('start', 'reference'):
-            if getattr(p, k) in ('sft', *policies): continue
-            raise UserError(f'`policies.{p.name}.{k}` is {getattr(p, k)!r}, and there is no such policy: '
+        links = {f'policies.{p.name}.start': p.start, f'policies.{p.name}.reference': p.reference,
+                 f'gap.sets.{p.data}.sampled': p.sampler}
+        for where, name in links.items():
+            if name in (None, 'sft', *policies): continue
+            raise UserError(f'`{where}` is {name!r}, and there is no such policy: '
                             f'there are {", ".join(["sft", *policies])}')
 
 # %% ../nbs/35_policies.ipynb #40791903
@@ -115,7 +119,8 @@ def training_order(
     def visit(name, path):
         if name in done: return
         if name in path: raise UserError(f'`policies`: {" → ".join([*path[path.index(name):], name])} is a circle: '
-                                         'no policy can start from, or be compared with, one that needs it')
+                                         'no policy can start from, be compared with, or learn from samples of, one '
+                                         'that needs it')
         for n in needs(policies[name]): visit(n, [*path, name])
         done.append(name)
     for name in policies: visit(name, [])
@@ -142,7 +147,6 @@ def check_data(
     policies: dict,  # name -> Policy
 ):
     "`UserError` for a set that is not defined"
-    check_sets(r.gap.sets)
     sets = [*BASE_SETS, *r.gap.sets]
     for p in policies.values():
         if p.data not in sets:
@@ -156,6 +160,7 @@ def read_policies(
     "The recipe's table of policies, everything checked"
     if not isinstance(r.policies, dict) or not r.policies:
         raise UserError('`policies` is empty: give at least one, such as {dpo: {method: dpo, data: all}}')
+    check_sets(r.gap.sets)
     policies = {name: read_policy(r, name, row) for name, row in r.policies.items()}
     check_links(policies)
     training_order(policies)

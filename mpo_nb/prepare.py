@@ -314,11 +314,12 @@ def the_judge(r: Recipe, run: Path): # ((prompts, completions) -> scores, its na
 
 # %% ../nbs/40_prepare.ipynb #49fbdfd5
 def scored_pairs(work: Work): # (training pairs with gaps, pairs with gaps of a model that hasn't seen them)
-    "Score by the reward model of the run, or by models that did not see the pair's prompt"
+    "Score by the reward model of the run, by models that did not see the pair's prompt, or by the world's gold reward"
     from mpo_nb.gap import add_gaps, crossfit_gaps
     from mpo_nb.reward import RewardModel
-    if not work.r.gap.folds:
-        reward = RewardModel.load(work.run/'reward')
+    gold = work.r.gap.scores == 'gold'
+    if gold or not work.r.gap.folds:
+        reward = the_world(work.r).gold if gold else RewardModel.load(work.run/'reward')
         return tuple(add_gaps(pairs_of(work, k), reward) for k in ('train', 'test'))
     fit = lambda pairs, fold: fit_reward(work, load_policy(work.r, work.run/'sft'), pairs, fold)[0]
     return (crossfit_gaps(pairs_of(work, 'train'), fit, work.r.gap.folds, work.seed),) * 2

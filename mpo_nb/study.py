@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['run_rows', 'lineage', 'study_table', 'paired_row', 'pairs_to_compare', 'compare_policies', 'compare_variants',
-           'with_holm', 'runs_table', 'compare_runs', 'mean_interval', 'plot_study', 'notes', 'study_page', 'plan',
-           'describe_plan', 'write_study', 'check_study_folder', 'run_study']
+           'with_holm', 'runs_table', 'compare_runs', 'mean_interval', 'best_draws', 'plot_study', 'notes',
+           'study_page', 'plan', 'describe_plan', 'write_study', 'check_study_folder', 'run_study']
 
 # %% ../nbs/44_study.ipynb #75bb69bf
 import json
@@ -140,6 +140,20 @@ def mean_interval(x) -> tuple: # numbers -> (mean, half of the 95% t interval)
     half = stats.t.ppf(.975, len(x) - 1)*x.std(ddof=1)/len(x)**.5 if len(x) > 1 else np.nan
     return float(x.mean()), float(half)
 
+# %% ../nbs/44_study.ipynb #2a22227e
+def best_draws(
+    df,           # From `study_table`
+    policy: str,
+):                # DataFrame, a row for each variant, best first: variant, score (mean over seeds), se, seeds
+    "Scores of a policy by variant; variants that lack a seed of another one come last. Choose here, report other seeds"
+    if policy not in set(df.policy):
+        raise UserError(f'there is no policy {policy!r}: there are {", ".join(df.policy.unique())}')
+    scores = df[df.policy == policy].groupby('variant', sort=False).score
+    rows = scores.agg(['mean', 'sem', 'count']).reset_index()
+    rows.columns = ['variant', 'score', 'se', 'seeds']
+    order = np.lexsort((-rows.score, rows.seeds < df.seed.nunique()))
+    return rows.iloc[order].reset_index(drop=True)
+
 # %% ../nbs/44_study.ipynb #dcb57477
 def plot_study(df, ax, x=None): # x: column of the horizontal axis; None: the variants
     "Scores by variant, or against KL or seconds, with intervals over seeds"
@@ -183,11 +197,12 @@ def study_page(study: Study, seeds: list, folder: Path, df, failed: dict) -> str
               drawn(lambda ax: plot_study(df, ax, 'seconds'))]
     cells = [dict(variant=v, seed=s, page=(cell_folder('', v, s)/'report.html').as_posix())
              for v, s in study_cells(study, seeds) if (v, s) in set(zip(df.variant, df.seed))]
+    best = {p: best_draws(df, p).to_dict('records') for p in df.policy.unique() if p != 'sft'} if study.draws else {}
     by_variant = compare_variants(df) if df.variant.nunique() > 1 else None
     return page_template('study.html.jinja').render(
         study=study, seeds=seeds, notes=notes(study, seeds, df, failed), means=means.to_dict('records'), images=images,
         policies=compare_policies(study, df).to_dict('records'),
-        variants=[] if by_variant is None else by_variant.to_dict('records'), cells=cells)
+        variants=[] if by_variant is None else by_variant.to_dict('records'), cells=cells, best=best)
 
 # %% ../nbs/44_study.ipynb #9112b698
 def plan(study: Study, seeds: list, folder: Path) -> dict:

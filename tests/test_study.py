@@ -1,6 +1,7 @@
 """Studies: the same numbers after any number of kills, shared stages trained once, failed cells reported, and the plan;
 recipes that add policies, adapters, several processes"""
 import json, os, re, shutil, subprocess, sys
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -8,10 +9,14 @@ import pytest
 import yaml
 
 from mpo_nb.core import UserError
-from mpo_nb.pipeline import stages
+from mpo_nb.pipeline import sampled_pairs, stages, with_only
 from mpo_nb.recipe import load_recipe
-from mpo_nb.cells import Study, all_variants, cell_folder, load_study, parse_seeds
-from mpo_nb.study import compare_policies, notes, plan
+from mpo_nb.reward import RewardModel
+from mpo_nb.runs import Work
+from mpo_nb.cells import (
+    Study, all_variants, cell_folder, cell_recipe, load_study, parse_seeds, random_settings, run_cells
+)
+from mpo_nb.study import best_draws, compare_policies, notes, plan, study_page
 from mpo_nb.cli import main
 
 ENV = dict(os.environ, OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
@@ -21,6 +26,10 @@ TINY = dict(recipe='toy', model=dict(size=dict(hidden_size=32, num_hidden_layers
             ppo=dict(rollout_batch_size=16, num_rollouts=2, save_steps=2),
             policies=dict(dpo_easy=dict(method='dpo', data='easy'),
                           mpo=dict(method='ppo', start='dpo_easy', data='hard')))
+
+
+SPACE = {'dpo.beta': {'uniform': [.05, .5]}, 'dpo.learning_rate': {'log': [1e-4, 1e-3]},
+         'dpo.max_steps': {'choice': [100, 200, 400]}}
 
 
 def write_study(path, **keys):
@@ -138,6 +147,17 @@ def test_the_plan(studies, capsys):
     (dict(variants={'a': {'dpo.betta': 1}}), 'unknown key `dpo.betta`'),
     (dict(factors={'dpo.beta': 1}), 'a list of values'),
     (dict(variants={'a': {'dpo.beta': -1}}), '`dpo.beta` is -1'), (dict(compare=['mpo']), 'pairs [A, B]'),
+    (dict(draws=[1]), '`draws` should be'), (dict(draws=dict(space=SPACE)), '`draws.n` is 0'),
+    (dict(draws=dict(n=True, space=SPACE)), '`draws.n` is True'), (dict(draws=dict(n=2)), '`draws.space` is None'),
+    (dict(draws=dict(n=2, space=SPACE, best=1)), '`draws.best` is not known'),
+    (dict(draws=dict(n=2, space={'dpo.beta': [1, 2]})), '`draws.space.dpo.beta` is [1, 2]: say one of log, uniform'),
+    (dict(draws=dict(n=2, space={'dpo.beta': {'log': ['1e-4', 1]}})), 'write 1.0e-4'),
+    (dict(draws=dict(n=2, space={'dpo.beta': {'uniform': [0, float('inf')]}})), '`draws.space.dpo.beta.uniform` is'),
+    (dict(draws=dict(n=2, space={'dpo.betta': {'uniform': [0, 1]}})), 'unknown key `dpo.betta`'),
+    (dict(draws=dict(n=2, space={'dpo.max_steps': {'uniform': [5, 9]}})), '`dpo.max_steps` should be'),
+    (dict(draws=dict(n=9, space={'dpo.beta': {'uniform': [-1, 1]}})), '`dpo.beta` is -'),
+    (dict(draws=dict(n=2, space=SPACE), factors={'dpo.beta': [1]}), '`dpo.beta` is drawn and set'),
+    (dict(draws=dict(n=2, space=SPACE), variants={'a': {'dpo': {'beta': 1}}}), '`dpo.beta` is drawn and set'),
     (dict(recipe='toys'), "no recipe 'toys'")])
 def test_wrong_studies(keys, says, tmp_path, capsys):
     assert main(['study', write_study(tmp_path/'s.yaml', **keys), '--output_dir', str(tmp_path/'out')]) == 2
@@ -180,6 +200,59 @@ def test_grid_and_seeds():
     assert cell_folder('x', '../up, and/over', 3) == Path('x/up_and_over/seed-3')
 
 
+# --- draws
+
+def test_draws_are_the_same_again_in_bounds_and_spread():
+    """Whatever the order of keys, and beside another key or more draws; written as YAML and read they are the same, the
+    rounded ones inside the bounds; a log range is even over magnitudes, a choice hits each value
+    [fails with one generator for all keys, and when a log range is drawn evenly]"""
+    drawn = random_settings(300, SPACE | {'x': {'log': [1.2345e-6, 1]}})
+    assert yaml.safe_load(yaml.safe_dump(drawn)) == drawn == random_settings(300, dict(
+        reversed((SPACE | {'x': {'log': [1.2345e-6, 1]}}).items())))
+    assert random_settings(12, SPACE) == {k: {x: v[x] for x in SPACE} for k, v in [*drawn.items()][:12]}
+    assert random_settings(12, SPACE, 1) != random_settings(12, SPACE)
+    df = pd.DataFrame(drawn).T
+    assert [*df.index][:2] == ['draw-01', 'draw-02'] and df.x.between(1.2345e-6, 1).all()
+    assert df['dpo.beta'].between(.05, .5).all() and abs(df['dpo.beta'].mean() - .275) < .03
+    assert .4 < (df['dpo.learning_rate'] < 10**-3.5).mean() < .6 and .4 < (df.x < 1.1e-3).mean() < .6
+    assert df['dpo.max_steps'].value_counts().reindex([100, 200, 400]).min() > 75
+    assert all(float(f'{v:.3g}') == v for v in df['dpo.learning_rate'])
+
+
+def test_draws_with_variants_and_factors(tmp_path, capsys):
+    "Every combination is a cell with its keys, and the plan says so before anything runs"
+    path = write_study(tmp_path/'s.yaml', draws=dict(n=2, seed=3, space=SPACE),
+                       variants={'a': {}, 'b': {'ppo.lam': .9}},
+                       factors={'ppo.kl_coef': [.1, .2]})
+    study = load_study(path)
+    assert len(study.variants) == 8 and study.draws['n'] == 2
+    drawn = random_settings(2, SPACE, 3)
+    assert study.variants['b (kl_coef=0.2) (draw-02)'] == {'ppo.lam': .9, 'ppo.kl_coef': .2} | drawn['draw-02']
+    r = cell_recipe(study, 'a (kl_coef=0.1) (draw-01)', 5, tmp_path)
+    assert [r.dpo.beta, r.dpo.learning_rate, r.dpo.max_steps] == [*drawn['draw-01'].values()]
+    assert main(['study', path, '--seeds', '10', '--output_dir', str(tmp_path/'out'), '--dry_run']) == 0
+    assert 'a (kl_coef=0.1) (draw-02), seed 10' in capsys.readouterr().out
+    assert len({cell_folder('x', v, 0) for v in study.variants}) == 8
+
+
+def test_best_draws_need_all_seeds_and_stand_on_the_page(tmp_path):
+    """A draw that lacks a seed comes last, however good; the page has a table for each policy but sft, with what was
+    drawn [fails when a lucky mean of one seed is first, and without the table]"""
+    study = load_study(write_study(tmp_path/'s.yaml', draws=dict(n=3, space=SPACE)))
+    scores = {('draw-01', 'mpo'): [1., 2.], ('draw-02', 'mpo'): [3., 5.], ('draw-03', 'mpo'): [9.]}
+    df = pd.DataFrame([dict(variant=v, seed=s, policy=q, score=x, se=.1, kl=1., length=9., win_rate=.5, seconds=1.)
+                       for (v, _), xs in scores.items() for s, x in enumerate(xs) for q in ('sft', 'mpo')])
+    best = best_draws(df, 'mpo')
+    assert [*best.variant] == ['draw-02', 'draw-01', 'draw-03'] and [*best.seeds] == [2, 2, 1]
+    assert best.score[0] == 4 and best.se[0] == pytest.approx(1)
+    with pytest.raises(UserError, match="no policy 'ppo'"): best_draws(df, 'ppo')
+    page = study_page(study, [0, 1], tmp_path, df, {})
+    table = page[page.index('Draws, best first'):page.index('Differences of policies')]
+    assert table.count('<h3>') == 1 and '<h3>mpo</h3>' in table and table.index('draw-02') < table.index('draw-01')
+    assert f"dpo.beta = {study.variants['draw-02']['dpo.beta']}" in table
+    assert 'Draws, best first' not in study_page(replace(study, draws=None), [0, 1], tmp_path, df, {})
+
+
 # --- one more policy, fewer policies
 
 def test_one_more_policy_moves_no_other(tmp_path):
@@ -201,6 +274,82 @@ def test_one_more_policy_moves_no_other(tmp_path):
     after = pd.read_parquet(tmp_path/'run'/'completions.parquet')
     same = after[after.policy != 'control'].reset_index(drop=True)
     pd.testing.assert_frame_equal(before, same)
+
+
+# --- controls: gaps of an oracle
+
+def test_gaps_from_the_gold_share_all_but_what_follows(tmp_path):
+    """The file has the same columns, rewards and gap in it are the gold's, and the easy set is what the gold says; the
+    reward model is shared with the cell of the usual split [fails when the stage's key doesn't hold `gap.scores`, and
+    when pairs are scored by the reward model]"""
+    path = write_study(tmp_path/'s.yaml', policies=dict(dpo_easy=dict(method='dpo', data='easy')),
+                       variants={'usual': {}, 'oracle': {'gap.scores': 'gold'}})
+    assert run_cells(load_study(path), [10], tmp_path/'out', say=lambda s: None) == {}
+    usual, oracle = (tmp_path/'out'/v/'seed-10' for v in ('usual', 'oracle'))
+    a, b = (pd.read_parquet(f/'gaps.parquet') for f in (usual, oracle))
+    assert list(a) == list(b) and sorted(a.source_row) == sorted(b.source_row)
+    assert (b.reward_chosen == b.gold_chosen).all() and (b.gap == b.gold_chosen - b.gold_rejected).all()
+    assert not (a.gap == a.gold_chosen - a.gold_rejected).any()
+    assert b[b.set == 'easy'].gap.min() >= b[b.set == 'hard'].gap.max() and not b[b.set == 'easy'].flipped.any()
+    assert {n: os.path.samefile(usual/n/'stage.json', oracle/n/'stage.json')
+            for n in ('reward', 'gaps', 'dpo_easy')} == dict(reward=True, gaps=False, dpo_easy=False)
+
+
+# --- controls: pairs that a policy samples
+
+ONLINE = dict(gap=dict(easy_fraction=.5, sets=dict(fresh=dict(sampled='dpo_easy', of='hard'))),
+              policies=dict(again=dict(method='dpo', data='fresh'), dpo_easy=dict(method='dpo', data='easy')))
+
+
+@pytest.fixture(scope='module')
+def online(tmp_path_factory):
+    "(study, folder) of DPO from SFT on answers of dpo_easy: as it is, and with another dpo_easy"
+    tmp = tmp_path_factory.mktemp('again')
+    study = load_study(write_study(tmp/'s.yaml', **ONLINE, variants={
+        'shipped': {}, 'other': {'policies.dpo_easy.learning_rate': .02}}))
+    assert run_cells(study, [10], tmp/'out', say=lambda s: None) == {}
+    return study, tmp/'out'
+
+
+def test_sampled_pairs_are_the_samplers_and_labelled_by_the_reward_model(online):
+    """Every prompt of the set has a pair or is counted; the reward model's score of chosen is higher by the gap; made
+    again they are the same, and under another name others [fails when the lower score is chosen, when the samples are
+    those of sft, and when their seed is the clock's]"""
+    study, folder = online
+    run = folder/'shipped'/'seed-10'
+    r = cell_recipe(study, 'shipped', 10, folder)
+    stage, pairs = stages(r)['again'], pd.read_parquet(run/'again'/'pairs.parquet')
+    metrics = json.loads((run/'again'/'stage.json').read_text())['metrics']
+    hard = pd.read_parquet(run/'gaps.parquet').query('set == "hard"').sort_values('source_row')
+    assert list(pairs) == ['prompt', 'chosen', 'rejected', 'gap'] and metrics['pairs'] == len(pairs) > 20
+    assert len(pairs) + metrics['equal_texts'] + metrics['equal_scores'] == len(hard)
+    reward = RewardModel.load(run/'reward')
+    score = lambda k: reward([*pairs.prompt], [*pairs[k]])
+    assert (pairs.gap > 0).all() and score('chosen') - score('rejected') == pytest.approx(pairs.gap, abs=1e-4)
+    made = lambda name, sets: sampled_pairs(Work(replace(r, gap=replace(r.gap, sets=sets)), run, None, stage, None),
+                                            name, [*hard.prompt])[0].to_pandas()
+    pd.testing.assert_frame_equal(pairs, made('fresh', r.gap.sets))
+    assert not pairs.equals(made('x', dict(x=dict(sampled='dpo_easy'))))
+    assert not pairs.equals(made('fresh', dict(fresh=dict(sampled='sft'))))
+
+
+def test_another_sampler_makes_other_pairs(online):
+    "Though it starts from SFT, the policy is trained again [fails when its stage doesn't read the sampler]"
+    a, b = (online[1]/v/'seed-10' for v in ('shipped', 'other'))
+    assert os.path.samefile(a/'gaps'/'stage.json', b/'gaps'/'stage.json')
+    assert not os.path.samefile(a/'again'/'stage.json', b/'again'/'stage.json')
+    assert not pd.read_parquet(a/'again'/'pairs.parquet').equals(pd.read_parquet(b/'again'/'pairs.parquet'))
+
+
+def test_the_sampler_comes_first(tmp_path):
+    """Written behind, trained before, with `--only` too; the stage reads it, the reward model and the set; rows without
+    samples have the keys that they had before there were samples [fails when the row holds a new field]"""
+    r = cell_recipe(load_study(write_study(tmp_path/'s.yaml', **ONLINE)), 'shipped', 0, tmp_path)
+    assert [*with_only(r, ['again']).policies] == ['again', 'dpo_easy']
+    table = stages(with_only(r, ['again']))
+    assert [*table].index('dpo_easy') < [*table].index('again')
+    assert {'sft', 'gaps', 'reward', 'dpo_easy'} == set(table['again'].reads)
+    assert set(table['dpo_easy'].own(r)) == {'method', 'start', 'reference', 'data', 'keys', 'sets'}
 
 
 def load_path(name):
