@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['STUDY_KEYS', 'DRAW_KINDS', 'Study', 'grid', 'rounded', 'is_range', 'DrawKind', 'random_settings', 'all_variants',
            'check_space', 'check_draws', 'check_drawn_once', 'check_study', 'cell_folder', 'one_nested', 'cell_recipe',
-           'load_study', 'study_cells', 'parse_seeds', 'link_tree', 'Shelf', 'StageStore', 'end_with_parent',
-           'start_worker', 'run_cell', 'in_processes', 'run_cells']
+           'studies', 'study_file', 'load_study', 'study_cells', 'parse_seeds', 'link_tree', 'Shelf', 'StageStore',
+           'end_with_parent', 'start_worker', 'run_cell', 'in_processes', 'run_cells']
 
 # %% ../nbs/43_cells.ipynb #0da397d6
 import itertools, json, math, multiprocessing, os, re, shutil, threading, time, zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -177,12 +178,22 @@ def cell_recipe(study: Study, variant: str, seed: int, folder) -> Recipe:
     values['output_dir'] = str(cell_folder(folder, variant, seed))
     return make_recipe(parse_values(values, f'variant {variant!r}').as_dict(), study.name)
 
+# %% ../nbs/43_cells.ipynb #67cc5286
+def studies() -> dict: # Name of each study in the package: its file
+    "The studies that ship with the package"
+    return {p.stem: p for p in sorted((files('mpo_nb')/'studies').glob('*.yaml'))}
+
+# %% ../nbs/43_cells.ipynb #5de0cc96
+def study_file(name: str) -> Path:
+    "File of a shipped study, of a shipped recipe, or the user's own"
+    return studies().get(name) or recipe_file(name)
+
 # %% ../nbs/43_cells.ipynb #04163778
 def load_study(
-    name: str,  # A shipped recipe, or a YAML file: a recipe that may have the keys of `STUDY_KEYS`
+    name: str,  # A shipped study or recipe, or a YAML file: a recipe that may have the keys of `STUDY_KEYS`
 ) -> Study:
     "Read a study; every variant's keys are checked before anything runs"
-    path = recipe_file(name)
+    path = study_file(name)
     given = load_yaml(read_text(path), path.name)
     check_study(given, path.name)
     own = {k: given.pop(k) for k in STUDY_KEYS if k in given}

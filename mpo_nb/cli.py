@@ -58,7 +58,7 @@ def recipe_of(cfg: dict, parts: dict, name: str) -> Recipe:
 
 # %% ../nbs/45_cli.ipynb #019669cb
 def study_options(p):
-    add(p, 'file', help='a recipe that may have variants, factors and draws (or the name of a shipped recipe)')
+    add(p, 'file', help='a recipe that may have variants, factors and draws, or the name of a shipped study or recipe')
     add(p, '--seeds', str, '0-4', 'seeds, such as 10-19 or 1,2,5')
     add(p, '--jobs', int, 1, 'cells at a time; with more than one, each gets one thread')
     add(p, '--output_dir', str | None, help='folder of the study; null: runs/NAME-study')

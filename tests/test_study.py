@@ -14,7 +14,7 @@ from mpo_nb.recipe import load_recipe
 from mpo_nb.reward import RewardModel
 from mpo_nb.runs import Work
 from mpo_nb.cells import (
-    Study, all_variants, cell_folder, cell_recipe, load_study, parse_seeds, random_settings, run_cells
+    Study, all_variants, cell_folder, cell_recipe, load_study, parse_seeds, random_settings, run_cells, studies as shipped
 )
 from mpo_nb.study import best_draws, compare_policies, notes, plan, study_page
 from mpo_nb.cli import main
@@ -251,6 +251,19 @@ def test_best_draws_need_all_seeds_and_stand_on_the_page(tmp_path):
     assert table.count('<h3>') == 1 and '<h3>mpo</h3>' in table and table.index('draw-02') < table.index('draw-01')
     assert f"dpo.beta = {study.variants['draw-02']['dpo.beta']}" in table
     assert 'Draws, best first' not in study_page(replace(study, draws=None), [0, 1], tmp_path, df, {})
+
+
+@pytest.mark.parametrize('name', shipped())
+def test_shipped_studies(name):
+    "Every variant of a shipped study parses, and it names the seeds that its settings were tuned on"
+    study = load_study(name)
+    assert study.tuned_on and study.variants
+
+
+def test_tuning_gives_every_arm_as_many_trials():
+    "The study `tune` draws keys of each arm in every variant [fails when a key of one arm leaves the space]"
+    for keys in load_study('tune').variants.values():
+        assert {k.split('.')[1] for k in keys} == {'dpo', 'dpo_easy', 'ppo', 'mpo'}
 
 
 # --- one more policy, fewer policies
