@@ -14,7 +14,8 @@ from mpo_nb.recipe import load_recipe
 from mpo_nb.reward import RewardModel
 from mpo_nb.runs import Work
 from mpo_nb.cells import (
-    Study, all_variants, cell_folder, cell_recipe, load_study, parse_seeds, random_settings, run_cells, studies as shipped
+    Study, all_variants, cell_folder, cell_recipe, load_study, parse_seeds, random_settings, run_cells,
+    studies as shipped
 )
 from mpo_nb.study import best_draws, compare_policies, notes, plan, study_page
 from mpo_nb.cli import main
