@@ -10,10 +10,10 @@ READY  := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/mpo run toy
 
-# one process and one thread a core; the start that notebooks 00 and 05 to 08 share is made first, with all cores
+# one process and one thread a core; the models that many notebooks start from are made first, with all cores
 test: $(READY)
 	$(BIN)/python -c 'from mpo_nb.reward import toy_setup; toy_setup()'
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder
 
 lab: $(READY)
 	$(BIN)/jupyter lab nbs

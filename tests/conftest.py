@@ -31,9 +31,11 @@ def own_random_state():
     with seeded(0): yield
 
 
+SHARED = 'test_study.py', 'test_pipeline.py'   # files whose tests share a fixture that takes minutes
+
+
 def pytest_collection_modifyitems(items):
-    "Two workers get a half each: both begin with their share of the notebooks, so that neither ends with a long one"
-    notebooks = [i for i in items if 'test_notebook[' in i.nodeid]
-    others = [i for i in items if 'test_notebook[' not in i.nodeid]
-    half = len(others) // 2
-    items[:] = notebooks[::2] + others[:half] + notebooks[1::2] + others[half:]
+    "The order in which workers take tests: files of SHARED, each as a whole, then notebooks, then the short ones"
+    for i in items:
+        if i.path.name in SHARED: i.add_marker(pytest.mark.xdist_group(i.path.name))
+    items.sort(key=lambda i: (i.path.name not in SHARED, i.path.name != 'test_notebooks.py'))
