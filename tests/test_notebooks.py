@@ -1,9 +1,9 @@
 "Every notebook is a test: it runs from top to bottom in a process of its own, as `nbdev-test` runs it."
-import subprocess
-import sys
 from pathlib import Path
 
+import nbformat
 import pytest
+from run_notebook import run_notebook
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
@@ -15,9 +15,27 @@ def test_there_are_notebooks():
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
-def test_notebook(path):
+def test_notebook(path, tmp_path):
     # one process each: seeds, default dtypes and environment variables of one notebook must not reach the next
-    code = ('import sys; from nbdev.test import test_nb; sys.exit(not test_nb(sys.argv[1], '
-            'skip_flags=["notest", "slow", "cuda"])[0])')
-    run = subprocess.run([sys.executable, '-c', code, str(path)], cwd=path.parent, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-6000:]
+    code = run_notebook(path, tmp_path/'log')
+    assert code == 0, (tmp_path/'log').read_text(errors='replace')[-9000:]
+
+
+def write(path, cell):
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)]), path)
+    return path
+
+
+@pytest.mark.parametrize('cell, said', [('assert 1 == 2, "so wrong"', 'so wrong'), ('import os; os._exit(3)', '')])
+def test_a_notebook_that_fails_is_seen(cell, said, tmp_path):
+    assert run_notebook(write(tmp_path/'bad.ipynb', cell), tmp_path/'log') != 0
+    assert said in (tmp_path/'log').read_text()
+
+
+def test_one_notebook_does_not_reach_the_next(tmp_path):
+    "[fails when all run in one process]"
+    cells = dict(a='import os, torch; os.environ["X"] = "1"; torch.set_default_dtype(torch.float64)',
+                 b='import os, torch; assert "X" not in os.environ and torch.tensor(1.).itemsize == 4')
+    for name, cell in cells.items():
+        code = run_notebook(write(tmp_path/f'{name}.ipynb', cell), tmp_path/'log')
+        assert code == 0, (tmp_path/'log').read_text()

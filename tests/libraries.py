@@ -1,0 +1,4 @@
+"What most notebooks import, imported once; never mpo_nb itself"
+import datasets, matplotlib.pyplot, nbdev.test, pandas, peft, scipy.stats, statsmodels.api, torch, transformers
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer
+from trl import DPOTrainer, RewardTrainer, SFTTrainer

@@ -1,0 +1,41 @@
+"""Run a notebook as `nbdev-test` does, in a process of its own: a fork of one that has imported the libraries and done
+nothing else. Importing them takes most of a short notebook's time."""
+import multiprocessing
+import os
+import sys
+from multiprocessing import forkserver
+from pathlib import Path
+
+SERVER = multiprocessing.get_context('forkserver')
+PATH = os.environ.get('PYTHONPATH')
+
+
+def with_path(path):
+    if path is None: os.environ.pop('PYTHONPATH', None)
+    else: os.environ['PYTHONPATH'] = path
+
+
+def start_server():
+    "The server looks for `libraries` in PYTHONPATH, as it starts"
+    SERVER.set_forkserver_preload(['libraries'])
+    with_path(os.pathsep.join([str(Path(__file__).parent), *([PATH] if PATH else [])]))
+    try: forkserver.ensure_running()
+    finally: with_path(PATH)
+
+
+def in_fork(path, log):
+    from nbdev.test import test_nb
+    with_path(PATH)
+    with open(log, 'wb') as f:
+        for fd in (1, 2): os.dup2(f.fileno(), fd)
+    os.chdir(path.parent)
+    ok = test_nb(str(path), skip_flags=['notest', 'slow', 'cuda'])[0]
+    sys.exit(not ok)
+
+
+def run_notebook(path, log):
+    "Exit code; what it printed is in the file `log`"
+    start_server()
+    p = SERVER.Process(target=in_fork, args=(path, log))
+    p.start(); p.join()
+    return p.exitcode
