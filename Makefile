@@ -1,12 +1,13 @@
 # make demo: environment + MPO on the toy world      make test: environment + every notebook and test
 # make lab:  JupyterLab on the notebooks              make dist: sdist and wheel
-# make bench: every benchmark beside TRL (needs a quiet machine; results go to benchmarks/results)
+# make cells: the install cell of every notebook (Colab), from settings.ini
+# make bench: every benchmark beside TRL (needs a quiet machine; results go to mpo_nb/saved)
 PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lab bench dist clean
+.PHONY: demo test lab cells bench dist clean
 demo: $(READY)
 	$(BIN)/mpo run toy
 
@@ -17,6 +18,9 @@ test: $(READY)
 
 lab: $(READY)
 	$(BIN)/jupyter lab nbs
+
+cells: $(READY)
+	$(BIN)/python tests/install_cell.py
 
 bench: $(READY)
 	$(BIN)/python -W ignore benchmarks/dpo.py

@@ -175,7 +175,7 @@ def main():
     p.add_argument('--rounds', type=int, default=5)
     p.add_argument('--data', default=data, type=Path)
     p.add_argument('--model', type=Path)
-    p.add_argument('--out', default=Path(__file__).parent/'results', type=Path)
+    p.add_argument('--out', default=Path(__file__).parent.parent/'mpo_nb'/'saved', type=Path)
     a = p.parse_args()
     model = a.model or a.data.parent/'models'/'stories260K'
     import torch, transformers, trl

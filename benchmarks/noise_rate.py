@@ -2,7 +2,7 @@
 about a minute and a half each.
 
     python benchmarks/noise_rate.py [--seeds 0 1 2 3 4] [--world '{"topics": 6, "harmful": 3}'] [--out
-    benchmarks/results/noise_rate.json]
+    mpo_nb/saved/noise_rate.json]
 
 Each seed: SFT model, pairs sampled from it and labelled, a reward model on all pairs (in-sample gaps, and
 gaps of fresh pairs of held-out prompts), cross-fitted gaps from three folds, second labels for 300 pairs.
@@ -86,7 +86,7 @@ def main():
     p.add_argument('--seeds', type=int, nargs='+', default=range(5))
     p.add_argument('--world', type=json.loads, default=dict(topics=6, harmful=3),
                    help='arguments of the toy world, JSON')
-    p.add_argument('--out', type=Path, default=Path(__file__).parent/'results'/'noise_rate.json')
+    p.add_argument('--out', type=Path, default=Path(__file__).parent.parent/'mpo_nb'/'saved'/'noise_rate.json')
     a = p.parse_args()
     hf.set_verbosity_error(), hf.disable_progress_bar()
     head = dict(date=f'{datetime.date.today()}',

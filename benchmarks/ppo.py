@@ -278,7 +278,7 @@ def main():
     p.add_argument('--trl',
                    default=os.environ.get('TRL_FOLDER', Path.home()/'.cache'/'mpo_nb'/TRL.replace('==', '-')),
                    help='folder of TRL 1.12.0; installed there if it is missing')
-    p.add_argument('--out', default=Path(__file__).parent/'results')
+    p.add_argument('--out', default=Path(__file__).parent.parent/'mpo_nb'/'saved')
     a = p.parse_args()
     import torch, transformers
     from mpo_nb.core import replacing

@@ -73,7 +73,7 @@ def measure(tokens, mean, rounds):
 def main():
     p = argparse.ArgumentParser()
     p.add_argument('--rounds', type=int, default=5)
-    p.add_argument('--out', default=Path(__file__).parent/'results')
+    p.add_argument('--out', default=Path(__file__).parent.parent/'mpo_nb'/'saved')
     a = p.parse_args()
     transformers.logging.set_verbosity_error()
     result = dict(date=datetime.date.today().isoformat(), machine=dict(cores=os.cpu_count(),

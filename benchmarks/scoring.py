@@ -1,7 +1,7 @@
 """How fast are preference pairs scored? `RewardModel.score_pairs` (a prompt read once, batches by length),
 `score` (batches by length), and the same model called on batches in the order of the file.
 
-    python benchmarks/scoring.py DATA MODEL [--pairs 2000] [--rounds 2] [--out benchmarks/results/scoring.json]
+    python benchmarks/scoring.py DATA MODEL [--pairs 2000] [--rounds 2] [--out mpo_nb/saved/scoring.json]
 
 DATA as for `mpo gaps`; MODEL a causal language model, put under a random head: speed doesn't depend on the
 weights. The second model is a random Llama with the tokenizer of the first, wider (128, 4 heads of 32, 3
@@ -84,7 +84,7 @@ def main():
     p.add_argument('data'), p.add_argument('model')
     p.add_argument('--pairs', type=int, default=2000)
     p.add_argument('--rounds', type=int, default=2)
-    p.add_argument('--out', type=Path, default=Path(__file__).parent/'results'/'scoring.json')
+    p.add_argument('--out', type=Path, default=Path(__file__).parent.parent/'mpo_nb'/'saved'/'scoring.json')
     a = p.parse_args()
     hf.set_verbosity_error(), hf.disable_progress_bar()
     logging.getLogger('mpo_nb').setLevel(logging.ERROR)   # the plain way would say for each batch that texts are cut
