@@ -8,6 +8,7 @@ import uuid
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 SHARED = '''# On Colab this installs mpo_nb and keeps the torch that is there; where mpo_nb is installed it does nothing
 import importlib.util
 from importlib.metadata import version
@@ -30,15 +31,14 @@ def with_install_cell(cells):
     first, rest = cells[i], cells[i + 1:]
     lines = ''.join(first['source']).split('\n')
     export = [l for l in lines if l.startswith('#| default_exp')]
-    generated = export or SHARED.split('\n')[0] in lines
-    if not generated: first, rest = dict(first, id=uuid.uuid4().hex[:8], outputs=[], execution_count=None), cells[i:]
+    if lines != export and SHARED.split('\n')[0] not in lines:   # code of the notebook's own: the cell goes before it
+        first, rest, export = dict(first, id=uuid.uuid4().hex[:8], outputs=[], execution_count=None), cells[i:], []
     source = '\n'.join([*export, install_cell()]).splitlines(True)
     return [*cells[:i], dict(first, source=source), *rest]
 
 
 def main():
-    for path in sorted((ROOT/'nbs').rglob('*.ipynb')):
-        if '.ipynb_checkpoints' in path.parts: continue
+    for path in NOTEBOOKS:
         nb = json.loads(path.read_text(encoding='utf-8'))
         nb['cells'] = with_install_cell(nb['cells'])
         path.write_text(json.dumps(nb, indent=1, sort_keys=True, ensure_ascii=False) + '\n', encoding='utf-8')

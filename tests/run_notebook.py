@@ -7,25 +7,24 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 SERVER = multiprocessing.get_context('forkserver')
-PATH = os.environ.get('PYTHONPATH')
 
 
-def with_path(path):
+def set_path(path):
     if path is None: os.environ.pop('PYTHONPATH', None)
     else: os.environ['PYTHONPATH'] = path
 
 
-def start_server():
+def start_server(path):
     "The server looks for `libraries` in PYTHONPATH, as it starts"
     SERVER.set_forkserver_preload(['libraries'])
-    with_path(os.pathsep.join([str(Path(__file__).parent), *([PATH] if PATH else [])]))
+    set_path(os.pathsep.join([str(Path(__file__).parent), *([path] if path else [])]))
     try: forkserver.ensure_running()
-    finally: with_path(PATH)
+    finally: set_path(path)
 
 
-def in_fork(path, log):
+def in_fork(path, log, python_path):
     from nbdev.test import test_nb
-    with_path(PATH)
+    set_path(python_path)
     with open(log, 'wb') as f:
         for fd in (1, 2): os.dup2(f.fileno(), fd)
     os.chdir(path.parent)
@@ -35,7 +34,8 @@ def in_fork(path, log):
 
 def run_notebook(path, log):
     "Exit code; what it printed is in the file `log`"
-    start_server()
-    p = SERVER.Process(target=in_fork, args=(path, log))
+    python_path = os.environ.get('PYTHONPATH')
+    start_server(python_path)
+    p = SERVER.Process(target=in_fork, args=(path, log, python_path))
     p.start(); p.join()
     return p.exitcode

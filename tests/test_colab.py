@@ -8,9 +8,8 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from install_cell import ROOT, install_cell, with_install_cell
+from install_cell import NOTEBOOKS, ROOT, install_cell, with_install_cell
 
-NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 RUN = '''
 import json, sys
 from importlib.metadata import version
@@ -37,6 +36,13 @@ def test_a_notebook_without_the_cell_gets_it_once():
     new = with_install_cell(cells)
     assert [''.join(c['source']) for c in new] == ['# T', install_cell(), 'import mpo_nb']
     assert with_install_cell(new) == new
+
+
+def test_the_cell_takes_no_code_away():
+    "[fails when all that stands beside `#| default_exp` is written over]"
+    both = '#| default_exp room\nx = 1'
+    new = with_install_cell([dict(cell_type='code', id='a', source=[both])])
+    assert [''.join(c['source']) for c in new] == [install_cell(), both]
 
 
 @pytest.fixture(scope='module')

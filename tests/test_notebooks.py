@@ -1,12 +1,10 @@
 "Every notebook is a test: it runs from top to bottom in a process of its own, as `nbdev-test` runs it."
-from pathlib import Path
+import os
 
 import nbformat
 import pytest
+from install_cell import NOTEBOOKS
 from run_notebook import run_notebook
-
-ROOT = Path(__file__).parent.parent
-NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 
 
 def test_there_are_notebooks():
@@ -33,9 +31,11 @@ def test_a_notebook_that_fails_is_seen(cell, said, tmp_path):
 
 
 def test_one_notebook_does_not_reach_the_next(tmp_path):
-    "[fails when all run in one process]"
+    "Nor does the way in which it is started [fails when all run in one process, and when PYTHONPATH is the server's]"
+    path = os.environ.get('PYTHONPATH')
     cells = dict(a='import os, torch; os.environ["X"] = "1"; torch.set_default_dtype(torch.float64)',
-                 b='import os, torch; assert "X" not in os.environ and torch.tensor(1.).itemsize == 4')
+                 b='import os, torch; assert "X" not in os.environ and torch.tensor(1.).itemsize == 4',
+                 c=f'import os; assert os.environ.get("PYTHONPATH") == {path!r}')
     for name, cell in cells.items():
         code = run_notebook(write(tmp_path/f'{name}.ipynb', cell), tmp_path/'log')
         assert code == 0, (tmp_path/'log').read_text()
