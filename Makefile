@@ -1,13 +1,15 @@
 # make demo: environment + MPO on the toy world      make test: environment + every notebook and test
 # make lab:  JupyterLab on the notebooks              make dist: sdist and wheel
+# make docs:  the site, in build/site, with its links and pages checked
 # make cells: the install cell of every notebook (Colab), from settings.ini
+# make colab: every notebook alone in a folder, in an environment that has the libraries and no mpo_nb
 # make bench: every benchmark beside TRL (needs a quiet machine; results go to mpo_nb/saved)
 PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lab cells bench dist clean
+.PHONY: demo test lab docs colab cells bench dist clean
 demo: $(READY)
 	$(BIN)/mpo run toy
 
@@ -18,6 +20,14 @@ test: $(READY)
 
 lab: $(READY)
 	$(BIN)/jupyter lab nbs
+
+docs: $(READY)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	$(BIN)/python -W ignore docs/build.py --out build/site
+	$(BIN)/python docs/check.py build/site
+
+colab: $(READY)
+	COLAB=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/test_colab.py
 
 cells: $(READY)
 	$(BIN)/python tests/install_cell.py

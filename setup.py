@@ -6,4 +6,4 @@ from setuptools import setup
 cfg = ConfigParser(delimiters=['='])
 cfg.read(Path(__file__).with_name('settings.ini'), encoding='utf-8')
 setup(install_requires=cfg['DEFAULT']['requirements'].split(),
-      extras_require={k: cfg['DEFAULT'][f'{k}_requirements'].split() for k in ('dev', 'peft', 'judge')})
+      extras_require={k: cfg['DEFAULT'][f'{k}_requirements'].split() for k in ('dev', 'docs', 'peft', 'judge')})

@@ -38,6 +38,9 @@ def check_split(r: Recipe):
     if r.gap.folds is not None and r.reward.name:
         raise UserError(f'`gap.folds` is {r.gap.folds}: a finished reward model (`reward.name`) has no folds; '
                         'leave one of the two out')
+    if r.reward.pairs is not None and (r.gap.folds is not None or r.reward.name):
+        raise UserError(f'`reward.pairs` is {r.reward.pairs}, and with `gap.folds` or `reward.name` it would not hold '
+                        'for every reward model: leave one of them out')
     if r.gap.scores == 'gold' and not r.world.name:
         raise UserError('`gap.scores` is gold, and only worlds have a gold reward: leave it out')
     if r.gap.scores == 'gold' and r.gap.folds is not None:
@@ -60,6 +63,9 @@ def check_source(r: Recipe):
     if r.eval.judge == 'gold' and not r.world.name:
         raise UserError('`eval.judge` is gold, and only worlds have a gold reward: '
                         'name a reward model, or leave it out')
+    for where, keys in (('ppo', vars(r.ppo)), *((f'policies.{n}', row) for n, row in r.policies.items())):
+        if isinstance(keys, dict) and keys.get('scores') == 'gold' and not r.world.name:
+            raise UserError(f'`{where}.scores` is gold, and only worlds have a gold reward: leave it out')
 
 # %% ../nbs/36_checks.ipynb #9586e44a
 def the_world(r: Recipe): # A `World`, or None for preference data

@@ -127,6 +127,8 @@ class SFTKeys(TrainingKeys):
 class RewardKeys(TrainingKeys):
     "Bradley-Terry reward model, started from the SFT model"
     name: str | None = key(None, 'folder or Hub id of a finished reward model (one label); null: train one')
+    pairs: int | None = key(
+        None, 'train it on so many of the training pairs, drawn at random; null: on all', at_least(10))
 
 # %% ../nbs/33_keys.ipynb #e9e98604
 @dataclass
@@ -184,6 +186,8 @@ class PPOKeys(TrainingKeys):
     cliprange_value: float | None = key(0.2, 'clip range of the value; null: no clipping', POSITIVE)
     vf_coef: float = key(0.1, 'weight of the value loss', NOT_NEGATIVE)
     temperature: float = key(1.0, 'sampling temperature', POSITIVE)
+    scores: Literal['reward', 'gold'] = key(
+        'reward', "what a completion is worth: the reward model's score, or the world's gold reward, an oracle")
     missing_eos_penalty: float = key(1.0, 'taken from the score of a completion that does not end', NOT_NEGATIVE)
     logging_steps: int | None = key(
         None, 'steps between two points of the curves; null: one point a rollout', at_least(1))

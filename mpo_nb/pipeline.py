@@ -123,7 +123,7 @@ def critic_from(reward, tok, args):
 
 # %% ../nbs/41_pipeline.ipynb #dea7a1f8
 def train_ppo_policy(work: Work, p: Policy, pairs):
-    "PPO on the prompts of a set, against the reward model; the critic starts from it, too"
+    "PPO on the prompts of a set, against the reward model or the gold reward; the critic starts from the reward model"
     from mpo_nb.ppo_config import PPOConfig
     from mpo_nb.ppo_trainer import PPOTrainer, save_part
     from mpo_nb.reward import RewardModel
@@ -133,9 +133,10 @@ def train_ppo_policy(work: Work, p: Policy, pairs):
     prompts = pairs.select_columns('prompt')
     args = PPOConfig(**trainer_defaults(**arguments(work, p.keys) | p.keys['args']),
                      max_new_tokens=work.r.data.max_completion_length)
+    scores, critic = world.gold if p.keys['scores'] == 'gold' else reward, critic_from(reward, tok, args)
     trainer = train_in_stage(work, p, lambda callbacks: PPOTrainer(
-        model, ref, reward, critic_from(reward, tok, args), args=args, train_dataset=prompts, processing_class=tok,
-        callbacks=callbacks, monitors={'gold': world.gold} if world else None))
+        model, ref, scores, critic, args=args, train_dataset=prompts, processing_class=tok, callbacks=callbacks,
+        monitors={'gold': world.gold} if world else None))
     history = trainer.state.log_history
     save_policy(work, trainer.policy, tok, history)
     if trainer.model.critic is not None: save_part(trainer.model.critic, work.out/'critic')

@@ -6,8 +6,8 @@
 __all__ = ['JUDGE_SEED', 'SFT_SEED', 'LENGTHS', 'cut_prompt', 'too_long', 'fit_lengths', 'fitting_pairs', 'trains_judge',
            'split_pairs', 'stage_data', 'pairs_of', 'file_hash', 'source_stamp', 'device', 'base_model', 'load_policy',
            'save_policy', 'fresh_adapter', 'lengths', 'arguments', 'last_logged', 'fit_sft', 'as_demonstrations',
-           'stage_sft', 'stage_pairs', 'fit_reward', 'save_reward', 'stage_reward', 'stage_judge', 'the_judge',
-           'scored_pairs', 'split_scored', 'write_split', 'stage_gaps']
+           'stage_sft', 'stage_pairs', 'fit_reward', 'save_reward', 'reward_pairs', 'stage_reward', 'stage_judge',
+           'the_judge', 'scored_pairs', 'split_scored', 'write_split', 'stage_gaps']
 
 # %% ../nbs/40_prepare.ipynb #3c3861ec
 import hashlib, re
@@ -214,7 +214,7 @@ def arguments(
     keys: dict,    # Keys of a section or policy
 ) -> dict:         # Keywords of `TrainingArguments` and of the method's own configuration
     "Keywords of a training stage"
-    keys = {k: v for k, v in keys.items() if k not in ('name', 'args')}
+    keys = {k: v for k, v in keys.items() if k not in ('name', 'args', 'pairs', 'scores')}
     out = str(checkpoint_folder(work))
     return keys | dict(seed=work.seed, output_dir=out, save_strategy='steps', save_total_limit=2)
 
@@ -292,11 +292,18 @@ def save_reward(work: Work, reward, history):
     return dict(accuracy=float(np.mean((c > d) + .5*(c == d))))
 
 # %% ../nbs/40_prepare.ipynb #4ce8c9f1
+def reward_pairs(work: Work):
+    "The pairs that the reward model is trained on"
+    pairs, n = pairs_of(work, 'train'), work.r.reward.pairs
+    if n is None: return pairs
+    if n > len(pairs): raise UserError(f'`reward.pairs` is {n}, and there are {len(pairs)} training pairs: give fewer')
+    return pairs.shuffle(seed=work.seed).select(range(n))
+
 def stage_reward(work: Work):
     "Reward model, from the SFT model; or the one the recipe names"
     from mpo_nb.reward import RewardModel
     if work.r.reward.name: return save_reward(work, RewardModel.load(local(work.r.reward.name)), [])
-    return save_reward(work, *fit_reward(work, load_policy(work.r, work.run/'sft'), pairs_of(work, 'train')))
+    return save_reward(work, *fit_reward(work, load_policy(work.r, work.run/'sft'), reward_pairs(work)))
 
 # %% ../nbs/40_prepare.ipynb #333bbc36
 def stage_judge(work: Work):

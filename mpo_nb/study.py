@@ -57,7 +57,7 @@ def finished_cells(study: Study, seeds: list, folder: Path) -> list: # [(variant
 
 # %% ../nbs/44_study.ipynb #0e737879
 def study_table(study: Study, seeds: list, folder: Path):
-    "DataFrame of all finished cells: seed, variant, policy, score, se, kl, length, win_rate, seconds, reward, distinct_2"
+    "Finished cells: seed, variant, policy, score, se, kl, length, win_rate, seconds, reward, distinct_2"
     import pandas as pd
     parts = [pd.DataFrame(run_rows(study, v, s, run)).join(sample_means(run), on='policy')
              for v, s, run in finished_cells(study, seeds, folder)]
@@ -67,8 +67,9 @@ def study_table(study: Study, seeds: list, folder: Path):
 STEP_COLUMNS = {k.split('/')[-1]: k for k in ('objective/score', 'objective/gold', 'objective/kl', 'objective/entropy',
                                               'policy/clipfrac', 'policy/approxkl')}
 
+# %% ../nbs/44_study.ipynb #bef5e1cd
 def ppo_steps(study: Study, seeds: list, folder: Path):
-    "DataFrame, a row for each rollout of each PPO policy: seed, variant, policy, step and the columns of `STEP_COLUMNS`"
+    "A row for each rollout of each PPO policy: seed, variant, policy, step, and the columns of `STEP_COLUMNS`"
     import pandas as pd
     rows = []
     for v, s, run in finished_cells(study, seeds, folder):
@@ -269,6 +270,7 @@ def what_is_asked(study: Study) -> dict:
     "All settings of a study"
     return dict(values=one_nested(study.values), variants=study.variants)
 
+# %% ../nbs/44_study.ipynb #f4046bc8
 def what_was_run(study: Study, seeds: list, folder: Path) -> dict:
     "What stands in `study.parquet` beside the numbers: name, settings and their hash, seeds, versions and machine"
     first = next(run for _, _, run in finished_cells(study, seeds, folder))

@@ -32,10 +32,12 @@ def own_random_state():
 
 
 SHARED = 'test_study.py', 'test_pipeline.py'   # files whose tests share a fixture that takes minutes
+FOLDS = '13_gap', '15_noise'                   # notebooks that need the same two reward models: the second reads them
 
 
 def pytest_collection_modifyitems(items):
     "The order in which workers take tests: files of SHARED, each as a whole, then notebooks, then the short ones"
     for i in items:
         if i.path.name in SHARED: i.add_marker(pytest.mark.xdist_group(i.path.name))
+        if any(f'test_notebook[{n}]' in i.nodeid for n in FOLDS): i.add_marker(pytest.mark.xdist_group('folds'))
     items.sort(key=lambda i: (i.path.name not in SHARED, i.path.name != 'test_notebooks.py'))

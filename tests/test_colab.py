@@ -1,5 +1,6 @@
 """On Colab a notebook stands alone: its first cell installs the package. Colab's machine is stood in for by an
-environment that has the libraries and no mpo_nb, the repository by a wheel of this tree; nothing is downloaded."""
+environment that has the libraries and no mpo_nb, the repository by a wheel of this tree; nothing is downloaded.
+`make colab` runs all notebooks in this way, and `make test` two."""
 import json
 import os
 import subprocess
@@ -64,7 +65,10 @@ def colab(tmp_path_factory):
     return tmp/'env'/'bin'/'python', next(tmp.glob('*.whl'))
 
 
-@pytest.mark.parametrize('name', ['33_keys', 'studies/difficulty'])
+ALL = [p.relative_to(ROOT/'nbs').with_suffix('').as_posix() for p in NOTEBOOKS]
+
+
+@pytest.mark.parametrize('name', ALL if os.environ.get('COLAB') == 'all' else ['33_keys', 'studies/difficulty'])
 def test_a_notebook_alone_in_a_folder(name, colab, tmp_path):
     "It installs the package, runs to its end, and torch is as it was [fails without the first cell]"
     python, wheel = colab

@@ -1,0 +1,20 @@
+"Settings of the site; `docs/build.py` puts the pages together and calls Sphinx"
+project = 'mpo_nb'
+author = 'the mpo_nb authors'
+copyright = author
+extensions = ['myst_nb']
+exclude_patterns = ['conf.py']
+nb_execution_mode = 'off'        # pages show the outputs that are committed, which the tests recompute
+nb_merge_streams = True
+myst_enable_extensions = ['dollarmath', 'amsmath', 'colon_fence', 'deflist']
+myst_heading_anchors = 4
+myst_links_external_new_tab = False
+mathjax_path = 'mathjax/tex-chtml.js'   # copied there by build.py
+html_theme = 'furo'
+html_title = 'mpo_nb'
+html_static_path = ['_static']
+html_css_files = ['site.css']
+html_show_sphinx = False
+html_show_sourcelink = False
+html_copy_source = False
+suppress_warnings = ['mystnb.unknown_mime_type', 'myst.header']   # notebooks may go from a title to a ### heading
