@@ -927,6 +927,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mpo_nb.study.sample_means': ('study.html#sample_means', 'mpo_nb/study.py'),
                               'mpo_nb.study.study_page': ('study.html#study_page', 'mpo_nb/study.py'),
                               'mpo_nb.study.study_table': ('study.html#study_table', 'mpo_nb/study.py'),
+                              'mpo_nb.study.verdict': ('study.html#verdict', 'mpo_nb/study.py'),
                               'mpo_nb.study.what_is_asked': ('study.html#what_is_asked', 'mpo_nb/study.py'),
                               'mpo_nb.study.what_was_run': ('study.html#what_was_run', 'mpo_nb/study.py'),
                               'mpo_nb.study.with_holm': ('study.html#with_holm', 'mpo_nb/study.py'),

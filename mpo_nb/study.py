@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STEP_COLUMNS', 'run_rows', 'lineage', 'sample_means', 'finished_cells', 'study_table', 'ppo_steps', 'paired_row',
-           'pairs_to_compare', 'compare_policies', 'compare_variants', 'with_holm', 'runs_table', 'compare_runs',
-           'mean_interval', 'best_draws', 'plot_study', 'notes', 'study_page', 'plan', 'describe_plan', 'what_is_asked',
-           'what_was_run', 'write_study', 'join_studies', 'check_study_folder', 'run_study']
+           'pairs_to_compare', 'compare_policies', 'compare_variants', 'with_holm', 'verdict', 'runs_table',
+           'compare_runs', 'mean_interval', 'best_draws', 'plot_study', 'notes', 'study_page', 'plan', 'describe_plan',
+           'what_is_asked', 'what_was_run', 'write_study', 'join_studies', 'check_study_folder', 'run_study']
 
 # %% ../nbs/44_study.ipynb #75bb69bf
 import hashlib, json
@@ -127,6 +127,14 @@ def with_holm(rows: list):
         known = df.p.notna()
         df.loc[known, 'p_holm'] = multipletests(df.p[known], method='holm')[1]
     return df
+
+# %% ../nbs/44_study.ipynb #2b14f9a1
+def verdict(row) -> str: # Of `compare_policies`
+    "What a difference allows to say, at 5% after Holm's correction"
+    interval = f'{row["diff"]:.2f} ({row.low:.2f} to {row.high:.2f})'
+    if not row.p_holm <= .05: return f'undecided between {row.a} and {row.b}: {interval}'
+    first, second = (row.a, row.b) if row['diff'] > 0 else (row.b, row.a)
+    return f'{first} is ahead of {second}: {row.a} - {row.b} = {interval}'
 
 # %% ../nbs/44_study.ipynb #2030b8bf
 def runs_table(folders: list):

@@ -50,11 +50,25 @@ def toy_rows():
     return rows
 
 
-def test_results_are_those_of_the_study():
-    "The table is what `mpo study toy` gave, on seeds that no tuning has seen [fails when a number is changed by hand]"
+def toy_verdicts():
+    "What the study allows to say, one family of comparisons"
     import pandas as pd
     from mpo_nb.cells import load_study
-    for row in toy_rows(): assert row in README
+    from mpo_nb.study import compare_policies, verdict
+    study = load_study('toy')
+    study.compare = [('mpo', 'dpo'), ('mpo', 'ppo'), ('mpo', 'dpo_easy'), ('dpo', 'dpo_easy'), ('ppo', 'dpo')]
+    tested = compare_policies(study, pd.read_parquet(ROOT/'mpo_nb'/'saved'/'toy.parquet'))
+    return [f'- {verdict(row)}' for _, row in tested.iterrows()]
+
+
+def test_results_are_those_of_the_study():
+    "Table and verdicts are what `mpo study toy` gave on seeds that no tuning has seen [fails when a number is changed]"
+    import pandas as pd
+    from mpo_nb.cells import load_study
+    for line in toy_rows() + toy_verdicts(): assert line in README
     seeds = set(pd.read_parquet(ROOT/'mpo_nb'/'saved'/'toy.parquet').seed)
     assert len(seeds) >= 8 and not seeds & set(load_study('tune').tuned_on)
     assert f'{len(seeds)} seeds' in README
+
+
+if __name__ == '__main__': print(*toy_rows(), *toy_verdicts(), sep='\n')   # for README
