@@ -453,12 +453,13 @@ def test_with_lora_the_reference_is_the_start(adapted):
 def test_ppo_on_gold_and_a_reward_model_of_few_pairs(tmp_path, capsys):
     """With `scores: gold` the score that PPO raises is the gold score; without it is not. A reward model of 40 of the
     pairs is another one than that of all [fails when PPO reads the reward model, and when `reward.pairs` is ignored]"""
-    policies = {k: dict(method='ppo', scores=k, missing_eos_penalty=0.) for k in ('gold', 'reward')}
+    scores = dict(oracle='gold', usual='reward')
+    policies = {n: dict(method='ppo', scores=k, missing_eos_penalty=0.) for n, k in scores.items()}
     path = write_study(tmp_path/'s.yaml', policies=policies, variants={'all': {}, 'few': {'reward.pairs': 40}})
     assert main(['study', path, '--seeds', '10', '--output_dir', str(tmp_path/'out')]) == 0
     steps = pd.read_parquet(tmp_path/'out'/'steps.parquet').set_index('policy')
-    assert steps.score['gold'].to_list() == pytest.approx(steps.gold['gold'].to_list(), abs=1e-5)
-    assert abs(steps.score['reward'] - steps.gold['reward']).min() > .01
+    assert steps.score['oracle'].to_list() == pytest.approx(steps.gold['oracle'].to_list(), abs=1e-5)
+    assert abs(steps.score['usual'] - steps.gold['usual']).min() > .01
     df = pd.read_parquet(tmp_path/'out'/'study.parquet').query('policy == "sft"').set_index('variant')
     assert df.score['all'] == df.score['few'] and df.reward['all'] != df.reward['few']
     path = write_study(tmp_path/'s.yaml', reward=TINY['reward'] | dict(pairs=1000))
