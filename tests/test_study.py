@@ -22,9 +22,10 @@ from mpo_nb.cli import main
 
 ENV = dict(os.environ, OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
 TINY = dict(recipe='toy', model=dict(size=dict(hidden_size=32, num_hidden_layers=1)),
-            data=dict(demonstrations=200, pairs=150), sft=dict(max_steps=10, save_steps=4),
-            reward=dict(max_steps=6, save_steps=3), eval=dict(prompts=16), dpo=dict(max_steps=4, save_steps=2),
-            ppo=dict(rollout_batch_size=16, num_rollouts=2, save_steps=2),
+            data=dict(demonstrations=200, pairs=150), sft=dict(max_steps=10, save_steps=4, learning_rate=2e-3),
+            reward=dict(max_steps=6, save_steps=3, learning_rate=4e-4), eval=dict(prompts=16),
+            dpo=dict(max_steps=4, save_steps=2, learning_rate=3e-4),
+            ppo=dict(rollout_batch_size=16, num_rollouts=2, save_steps=2, learning_rate=6e-4),
             policies=dict(dpo_easy=dict(method='dpo', data='easy'),
                           mpo=dict(method='ppo', start='dpo_easy', data='hard')))
 
@@ -384,7 +385,9 @@ def test_two_processes_end_as_one_with_twice_the_batch(tmp_path):
     process with twice the batch [fails when the processes of PPO draw with seeds of their own]. No stage reaches the
     end of an epoch that its batches don't divide: there accelerate repeats rows, so that all processes have as many."""
     from safetensors.torch import load_file
+    # the recipe for which 1e-5 was measured: other prompts and another price of KL make other roundings
     base = {k: v for k, v in TINY.items() if k != 'recipe'} | dict(data=dict(demonstrations=320, pairs=150))
+    base |= dict(world=dict(args=dict(topics=6, harmful=2, turns=1, careless=2.5)), ppo=TINY['ppo'] | dict(kl_coef=.15))
     keys = yaml.safe_load(Path(load_path('toy')).read_text())
     keys = keys | {k: {**keys.get(k, {}), **v} if k != 'policies' else v for k, v in base.items()}
     for name, n in dict(one=1, two=2).items():
@@ -463,5 +466,5 @@ def test_ppo_on_gold_and_a_reward_model_of_few_pairs(tmp_path, capsys):
     df = pd.read_parquet(tmp_path/'out'/'study.parquet').query('policy == "sft"').set_index('variant')
     assert df.score['all'] == df.score['few'] and df.reward['all'] != df.reward['few']
     path = write_study(tmp_path/'s.yaml', reward=TINY['reward'] | dict(pairs=1000))
-    assert main(['study', path, '--seeds', '10', '--output_dir', str(tmp_path/'many')]) == 1
+    assert main(['study', path, '--seeds', '10', '--output_dir', str(tmp_path/'many')]) == 2
     assert '`reward.pairs` is 1000, and there are' in capsys.readouterr().err
