@@ -56,7 +56,7 @@ def copy_notebooks(src):
         to = src/'course'/path.relative_to(ROOT/'nbs')
         to.parent.mkdir(parents=True, exist_ok=True)
         to.write_text(json.dumps(as_page(json.loads(path.read_text(encoding='utf-8')))), encoding='utf-8')
-    for to in (src/'images', src/'course'/'images'): shutil.copytree(ROOT/'nbs'/'images', to)
+    shutil.copytree(ROOT/'nbs'/'images', src/'course'/'images')
 
 
 def head(node, lines):
@@ -64,21 +64,23 @@ def head(node, lines):
     start = min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1
     if isinstance(node, ast.ClassDef):
         rows = [n for n in node.body if isinstance(n, (ast.AnnAssign, ast.Assign))]
-        return [lines[start:node.lineno], *(lines[n.lineno - 1:n.end_lineno] for n in rows)]
-    return [lines[start:node.body[0].lineno - 1] or [lines[node.lineno - 1]]]
+        return lines[start:node.lineno] + [l for n in rows for l in lines[n.lineno - 1:n.end_lineno]]
+    return lines[start:node.body[0].lineno - 1]
 
 
-def entry(node, lines, level):
-    "A heading, the signature as it is in the source, and the docstring"
-    code = '\n'.join(l for part in head(node, lines) for l in part)
-    return f'{"#"*level} {node.name}\n\n```python\n{code}\n```\n\n{ast.get_docstring(node) or ""}\n'
+def entry(title, node, lines):
+    "A heading, one level lower for a method, the signature as it is in the source, and the docstring"
+    code = '\n'.join(head(node, lines))
+    return f'##{"#"*("." in title)} {title}\n\n```python\n{code}\n```\n\n{ast.get_docstring(node) or ""}\n'
 
 
 def patched_class(node):
     "The class that a `@patch`ed function grows, or None"
-    if not any('patch' in ast.unparse(d) for d in getattr(node, 'decorator_list', [])): return None
-    first = node.args.args[0].annotation
-    return ast.unparse(first) if first is not None else None
+    if not any('patch' in ast.unparse(d) for d in node.decorator_list): return None
+    return ast.unparse(node.args.args[0].annotation)
+
+
+def is_public(name): return not name.startswith('_') or name in ('__init__', '__call__')
 
 
 def api_page(name):
@@ -86,23 +88,24 @@ def api_page(name):
     text = (ROOT/'mpo_nb'/f'{name}.py').read_text(encoding='utf-8')
     tree, lines, out = ast.parse(text), text.splitlines(), []
     for node in tree.body:
-        if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith('_'): continue
+        if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or not is_public(node.name): continue
         grown = patched_class(node)
-        title = f'{grown}.{node.name}' if grown else node.name
-        out.append(entry(node, lines, 3 if grown else 2).replace(f' {node.name}\n', f' {title}\n', 1))
-        inner = [n for n in getattr(node, 'body', []) if isinstance(n, ast.FunctionDef)]
-        out += [entry(n, lines, 3).replace(f' {n.name}\n', f' {node.name}.{n.name}\n', 1) for n in inner
-                if not n.name.startswith('_') or n.name in ('__init__', '__call__')]
+        out.append(entry(f'{grown}.{node.name}' if grown else node.name, node, lines))
+        if isinstance(node, ast.ClassDef):
+            methods = [n for n in node.body if isinstance(n, ast.FunctionDef) and is_public(n.name)]
+            out += [entry(f'{node.name}.{n.name}', n, lines) for n in methods]
     return f'# mpo_nb.{name}\n\n{ast.get_docstring(tree)}\n\n' + '\n'.join(out)
 
 
 def write_api(src, notebooks):
+    "A page for each notebook that is a module; the modules' names"
     (src/'api').mkdir()
-    names = [n.split('_', 1)[1] for n in notebooks if (ROOT/'mpo_nb'/f'{n.split("_", 1)[1]}.py').is_file()]
-    for name, notebook in zip(names, [n for n in notebooks if n.split('_', 1)[1] in names]):
+    modules = {n.split('_', 1)[1]: n for n in notebooks}
+    modules = {m: n for m, n in modules.items() if (ROOT/'mpo_nb'/f'{m}.py').is_file()}
+    for name, notebook in modules.items():
         page = api_page(name).replace('\n\n', f'\n\n*Explained in [{notebook}](../course/{notebook}.ipynb).*\n\n', 1)
         (src/'api'/f'{name}.md').write_text(page, encoding='utf-8')
-    return names
+    return [*modules]
 
 
 def key_rows(section, prefix):
@@ -143,11 +146,16 @@ def cli_page():
     return '# The command line\n\n' + help_of() + '\n'.join(f'## mpo {c}\n\n{help_of(c)}' for c in COMMANDS)
 
 
-def results_page():
-    "README's results, with its links turned to the site"
+def readme(start, end):
+    "A part of the README, with its links turned to the site"
     text = (ROOT/'README.md').read_text(encoding='utf-8')
-    part = text[text.index('## What we measured'):text.index('## What to expect')]
-    return '#' + part[2:].replace('](nbs/', '](course/')
+    return text[text.index(start):text.index(end)].replace('](nbs/', '](course/')
+
+
+def results_page(): return readme('## What we measured', '## What to expect')[1:]
+
+
+def index_page(): return readme('# mpo_nb', '## Two commands') + (ROOT/'docs'/'start.md').read_text(encoding='utf-8')
 
 
 def toctree(caption, entries):
@@ -157,11 +165,12 @@ def toctree(caption, entries):
 def assemble(src):
     "All sources of the site"
     shutil.rmtree(src, ignore_errors=True)
-    shutil.copytree(ROOT/'docs', src, ignore=shutil.ignore_patterns('build.py', '__pycache__'))
+    shutil.copytree(ROOT/'docs', src, ignore=shutil.ignore_patterns('*.py', 'start.md', '__pycache__'))
+    shutil.copy(ROOT/'docs'/'conf.py', src)
     copy_notebooks(src)
     course = groups()
     names = write_api(src, [n for _, part in course for n in part])
-    for name, page in dict(recipes=recipe_page, cli=cli_page, results=results_page).items():
+    for name, page in dict(index=index_page, recipes=recipe_page, cli=cli_page, results=results_page).items():
         (src/f'{name}.md').write_text(page(), encoding='utf-8')
     trees = [toctree(title, [f'course/{n}' for n in part]) for title, part in course]
     studies = sorted(p.stem for p in (ROOT/'nbs'/'studies').glob('*.ipynb'))

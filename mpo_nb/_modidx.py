@@ -925,6 +925,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mpo_nb.study.run_study': ('study.html#run_study', 'mpo_nb/study.py'),
                               'mpo_nb.study.runs_table': ('study.html#runs_table', 'mpo_nb/study.py'),
                               'mpo_nb.study.sample_means': ('study.html#sample_means', 'mpo_nb/study.py'),
+                              'mpo_nb.study.settings_hash': ('study.html#settings_hash', 'mpo_nb/study.py'),
                               'mpo_nb.study.study_page': ('study.html#study_page', 'mpo_nb/study.py'),
                               'mpo_nb.study.study_table': ('study.html#study_table', 'mpo_nb/study.py'),
                               'mpo_nb.study.verdict': ('study.html#verdict', 'mpo_nb/study.py'),

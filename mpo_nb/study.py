@@ -6,7 +6,8 @@
 __all__ = ['STEP_COLUMNS', 'run_rows', 'lineage', 'sample_means', 'finished_cells', 'study_table', 'ppo_steps', 'paired_row',
            'pairs_to_compare', 'compare_policies', 'compare_variants', 'with_holm', 'verdict', 'runs_table',
            'compare_runs', 'mean_interval', 'best_draws', 'plot_study', 'notes', 'study_page', 'plan', 'describe_plan',
-           'what_is_asked', 'what_was_run', 'write_study', 'join_studies', 'check_study_folder', 'run_study']
+           'what_is_asked', 'settings_hash', 'what_was_run', 'write_study', 'join_studies', 'check_study_folder',
+           'run_study']
 
 # %% ../nbs/44_study.ipynb #75bb69bf
 import hashlib, json
@@ -44,10 +45,9 @@ def lineage(policies: dict, name: str) -> list: # The recipe's table
 def sample_means(run: Path):
     "What a run's samples add for each policy: the training reward model's mean score, and how varied the words are"
     import pandas as pd
-    from mpo_nb.evaluate import distinct_n
-    by_policy = pd.read_parquet(run/'completions.parquet').groupby('policy')
-    return pd.DataFrame(dict(reward=by_policy.reward.mean(),
-                             distinct_2=by_policy.completion.agg(lambda texts: distinct_n([*texts]))))
+    from mpo_nb.evaluate import summary_table
+    means = summary_table(pd.read_parquet(run/'completions.parquet'), 'reward')
+    return means.rename(columns=dict(score='reward'))[['reward', 'distinct_2']]
 
 # %% ../nbs/44_study.ipynb #1627fbf1
 def finished_cells(study: Study, seeds: list, folder: Path) -> list: # [(variant, seed, run folder)]
@@ -278,14 +278,17 @@ def what_is_asked(study: Study) -> dict:
     "All settings of a study"
     return dict(values=one_nested(study.values), variants=study.variants)
 
+# %% ../nbs/44_study.ipynb #b65e29f7
+def settings_hash(study: Study) -> str:
+    "The same for the same settings, whatever the study is called"
+    return hashlib.sha256(json.dumps(what_is_asked(study), sort_keys=True).encode()).hexdigest()[:16]
+
 # %% ../nbs/44_study.ipynb #f4046bc8
 def what_was_run(study: Study, seeds: list, folder: Path) -> dict:
     "What stands in `study.parquet` beside the numbers: name, settings and their hash, seeds, versions and machine"
     first = next(run for _, _, run in finished_cells(study, seeds, folder))
     environment = {k: v for k, v in read_json(first/'environment.json').items() if k != 'seed'}
-    settings = json.dumps(what_is_asked(study), sort_keys=True).encode()
-    return dict(study=study.name, hash=hashlib.sha256(settings).hexdigest()[:16], seeds=[*seeds],
-                environment=environment)
+    return dict(study=study.name, hash=settings_hash(study), seeds=[*seeds], environment=environment)
 
 # %% ../nbs/44_study.ipynb #601bdf64
 def write_study(study: Study, seeds: list, folder: Path, failed: dict):

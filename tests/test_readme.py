@@ -55,9 +55,7 @@ def toy_verdicts():
     import pandas as pd
     from mpo_nb.cells import load_study
     from mpo_nb.study import compare_policies, verdict
-    study = load_study('toy')
-    study.compare = [('mpo', 'dpo'), ('mpo', 'ppo'), ('mpo', 'dpo_easy'), ('dpo', 'dpo_easy'), ('ppo', 'dpo')]
-    tested = compare_policies(study, pd.read_parquet(ROOT/'mpo_nb'/'saved'/'toy.parquet'))
+    tested = compare_policies(load_study('toy'), pd.read_parquet(ROOT/'mpo_nb'/'saved'/'toy.parquet'))
     return [f'- {verdict(row)}' for _, row in tested.iterrows()]
 
 
@@ -67,7 +65,7 @@ def test_results_are_those_of_the_study():
     from mpo_nb.cells import load_study
     for line in toy_rows() + toy_verdicts(): assert line in README
     seeds = set(pd.read_parquet(ROOT/'mpo_nb'/'saved'/'toy.parquet').seed)
-    assert len(seeds) >= 8 and not seeds & set(load_study('tune').tuned_on)
+    assert len(seeds) >= 8 and not seeds & set(load_study('toy').tuned_on)
     assert f'{len(seeds)} seeds' in README
 
 

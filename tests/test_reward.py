@@ -515,6 +515,18 @@ def test_toy_setup_is_cached_by_its_arguments(tmp_path, monkeypatch):
     with pytest.raises(TypeError): R.toy_setup(**TINY | dict(seed=1))   # other arguments, other folder
 
 
+def test_the_setup_trains_other_pairs_once(tmp_path, monkeypatch):
+    "`fit` reads the cache for the same pairs and seed, and for no others [fails when the key lacks pairs or seed]"
+    monkeypatch.setenv('MPO_NB_CACHE', str(tmp_path))
+    toy = R.toy_setup(**TINY)
+    half, rest = toy.pairs['train'].select(range(4)), toy.pairs['train'].select(range(4, 8))
+    first = fingerprint(toy.fit(half, 1).model)
+    monkeypatch.setattr(R, 'train_reward', None)                        # a second training would fail
+    assert fingerprint(toy.fit(half, 1).model) == first
+    for other in ((half, 2), (rest, 1)):
+        with pytest.raises(TypeError): toy.fit(*other)
+
+
 def test_toy_setup_that_fails_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv('MPO_NB_CACHE', str(tmp_path))
     def half(folder, *args, **kw):

@@ -17,7 +17,7 @@ from mpo_nb.cells import (
     Study, all_variants, cell_folder, cell_recipe, load_study, parse_seeds, random_settings, run_cells,
     studies as shipped
 )
-from mpo_nb.study import best_draws, compare_policies, notes, plan, study_page
+from mpo_nb.study import best_draws, compare_policies, notes, plan, settings_hash, study_page
 from mpo_nb.cli import main
 
 ENV = dict(os.environ, OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
@@ -266,6 +266,14 @@ def test_tuning_gives_every_arm_as_many_trials():
     "The study `tune` draws keys of each arm in every variant [fails when a key of one arm leaves the space]"
     for keys in load_study('tune').variants.values():
         assert {k.split('.')[1] for k in keys} == {'dpo', 'dpo_easy', 'ppo', 'mpo'}
+
+
+@pytest.mark.parametrize('name, study', [('tune', 'tune'), ('toy', 'toy'), ('toy_steps', 'toy')])
+def test_saved_results_are_of_the_studies_that_ship(name, study):
+    "[fails when a recipe changes under its saved results: run the study again]"
+    table = pd.read_parquet(Path(load_path('toy')).parent.parent/'saved'/f'{name}.parquet')
+    assert table.attrs['hash'] == settings_hash(load_study(study))
+    assert set(table.seed) == set(table.attrs['seeds'])
 
 
 # --- one more policy, fewer policies
