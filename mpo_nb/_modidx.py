@@ -724,6 +724,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'mpo_nb.recipe.recipe_file': ('recipe.html#recipe_file', 'mpo_nb/recipe.py'),
                                'mpo_nb.recipe.recipe_parser': ('recipe.html#recipe_parser', 'mpo_nb/recipe.py'),
                                'mpo_nb.recipe.recipes': ('recipe.html#recipes', 'mpo_nb/recipe.py'),
+                               'mpo_nb.recipe.shared_parser': ('recipe.html#shared_parser', 'mpo_nb/recipe.py'),
                                'mpo_nb.recipe.text_keys': ('recipe.html#text_keys', 'mpo_nb/recipe.py'),
                                'mpo_nb.recipe.to_yaml': ('recipe.html#to_yaml', 'mpo_nb/recipe.py'),
                                'mpo_nb.recipe.type_name': ('recipe.html#type_name', 'mpo_nb/recipe.py'),

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from .core import UserError
 from .sets import BASE_SETS, check_sets, sampler_of
 from .keys import DPOKeys, PPOKeys, Recipe, SFTKeys, bound_error, recipe_keys
-from .recipe import check_key, parse_values
+from .recipe import check_key, parse_values, shared_parser
 
 # %% ../nbs/35_policies.ipynb #3d4dea9e
 METHOD_KEYS = dict(sft=SFTKeys, dpo=DPOKeys, ppo=PPOKeys)
@@ -56,7 +56,7 @@ def own_keys(
     "A row's keys of its method; `UserError` names the policy and the key"
     where = f'`policies.{policy}`'
     for k in given: check_key(f'{method}.{k}', where)
-    values = parse_values({method: given}, where)
+    values = parse_values({method: given}, where, shared_parser(method))
     out, keys = {k: values[f'{method}.{k}'] for k in given}, recipe_keys()
     for k, v in out.items():
         if error := bound_error(f'policies.{policy}.{k}', v, keys[f'{method}.{k}']): raise UserError(error)

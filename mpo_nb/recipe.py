@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['MAX_DEPTH', 'SHORT', 'type_name', 'check_key', 'check_yaml', 'text_keys', 'load_yaml', 'add_recipe_options',
-           'recipe_parser', 'one_sentence', 'parse_values', 'recipes', 'recipe_file', 'read_text', 'check_values',
-           'read_recipe', 'full_options', 'parts_apart', 'with_parts', 'make_recipe', 'parse_recipe', 'one_level',
-           'load_recipe', 'to_yaml']
+           'recipe_parser', 'one_sentence', 'shared_parser', 'parse_values', 'recipes', 'recipe_file', 'read_text',
+           'check_values', 'read_recipe', 'full_options', 'parts_apart', 'with_parts', 'make_recipe', 'parse_recipe',
+           'one_level', 'load_recipe', 'to_yaml']
 
 # %% ../nbs/34_recipe.ipynb #743004d9
 import dataclasses, difflib, json, re
 from copy import deepcopy
 from dataclasses import fields, is_dataclass
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -92,13 +93,15 @@ def load_yaml(
 
 # %% ../nbs/34_recipe.ipynb #11612bca
 def add_recipe_options(
-    p,  # jsonargparse.ArgumentParser
+    p,           # jsonargparse.ArgumentParser
+    section='',  # Only the keys of this one
 ):
     "Give a parser one option for each key of a recipe"
     sections = {f.name: f.type for f in fields(Recipe) if is_dataclass(f.type)}
     groups = {k: p.add_argument_group(k, t.__doc__) for k, t in sections.items()}
     top = p.add_argument_group('top')
     for k, f in recipe_keys().items():
+        if not k.startswith(section): continue
         kw = {} if get_origin(f.type) is Literal else dict(metavar='VALUE')
         default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
         groups.get(k.split('.')[0], top).add_argument(
@@ -106,11 +109,11 @@ def add_recipe_options(
             help=f.metadata['help'].replace('%', '%%'), **kw)
 
 # %% ../nbs/34_recipe.ipynb #a5d669f5
-def recipe_parser():
+def recipe_parser(section=''): # Only the keys of this one
     "A parser of recipe keys alone"
     from jsonargparse import ArgumentParser
     p = ArgumentParser(prog='mpo run', exit_on_error=False, add_help=False)
-    add_recipe_options(p)
+    add_recipe_options(p, section)
     return p
 
 # %% ../nbs/34_recipe.ipynb #b03645ee
@@ -126,14 +129,19 @@ def one_sentence(
     return UserError(f'{where}: {text[:300]}')
 
 # %% ../nbs/34_recipe.ipynb #0a86640f
+@cache
+def shared_parser(section=''):
+    "A `recipe_parser` that nobody changes: a table of thirty policies is read with the same one"
+    return recipe_parser(section)
+
 def parse_values(
     values: dict,  # Nested
     where: str,
-    parser=None,   # One with recipe options; None: made here
+    parser=None,   # One with recipe options; None: `shared_parser`
 ):                 # jsonargparse.Namespace with every key
     "Nested values with their types checked, defaults for the rest"
     from jsonargparse import ArgumentError
-    try: return (parser or recipe_parser()).parse_object(values)
+    try: return (parser or shared_parser()).parse_object(values)
     except ArgumentError as e: raise one_sentence(e, where) from e
 
 # %% ../nbs/34_recipe.ipynb #45693fe6

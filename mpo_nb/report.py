@@ -26,8 +26,9 @@ def new_figure(size=(5, 3.2), **kw): # Inches; further arguments of `subplots`
 # %% ../nbs/37_report.ipynb #9d2078a9
 def as_image(fig) -> str:
     "A figure as a data URI: it needs no file beside the page"
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
     buf = io.BytesIO()
-    fig.savefig(buf, format='svg', metadata=dict(Date=None))
+    FigureCanvasSVG(fig).print_svg(buf, metadata=dict(Date=None))   # `savefig` would lay it out twice
     return 'data:image/svg+xml;base64,' + base64.b64encode(buf.getvalue()).decode()
 
 # %% ../nbs/37_report.ipynb #af42641d

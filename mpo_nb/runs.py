@@ -8,7 +8,7 @@ __all__ = ['AGAIN', 'Stage', 'stage_seed', 'Work', 'values_of', 'stage_key', 'st
            'check_folder', 'checkpoint_folder', 'environment', 'claim', 'locked', 'calm', 'run_table']
 
 # %% ../nbs/39_runs.ipynb #0220f4f2
-import dataclasses, hashlib, importlib.metadata, json, os, platform, secrets, shutil, tempfile, time, warnings
+import dataclasses, functools, hashlib, importlib.metadata, json, os, platform, secrets, shutil, tempfile, time, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,9 +66,8 @@ def values_of(
     keys: tuple,  # Sections and dotted keys
 ) -> dict:
     "The part of a recipe that some keys name"
-    d = dataclasses.asdict(r)
-    get = lambda k: d[k.split('.')[0]][k.split('.')[1]] if '.' in k else d[k]
-    return {k: get(k) for k in keys}
+    plain = lambda x: dataclasses.asdict(x) if dataclasses.is_dataclass(x) else x
+    return {k: plain(functools.reduce(getattr, k.split('.'), r)) for k in keys}
 
 # %% ../nbs/39_runs.ipynb #2e648133
 def stage_key(

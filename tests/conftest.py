@@ -1,4 +1,5 @@
 "Settings of every test: offline, quiet, one thread; and the fixtures that several files use."
+import gc
 import os
 
 os.environ.update(HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false', HF_HUB_DISABLE_PROGRESS_BARS='1',
@@ -31,10 +32,16 @@ def own_random_state():
     with seeded(0): yield
 
 
+def pytest_collection_finish():
+    "Every training collects garbage; half a million objects of imported modules are none, and took 0.3 s each time"
+    gc.freeze()
+
+
 SHARED = 'test_study.py', 'test_pipeline.py'   # files whose tests share a fixture that takes minutes
 FOLDS = '13_gap', '15_noise'                   # notebooks that need the same two reward models: the second reads them
 
 
+@pytest.hookimpl(tryfirst=True)   # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     "The order in which workers take tests: files of SHARED, each as a whole, then notebooks, then the short ones"
     for i in items:

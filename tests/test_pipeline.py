@@ -36,7 +36,7 @@ def tiny(tmp_path_factory):
 
 # Everything is imported once; runs are forked children, and one child is killed in every stage.
 DRIVER = '''
-import os, signal, sys, time
+import gc, os, signal, sys, time
 from pathlib import Path
 import torch, trl, transformers, datasets, matplotlib.figure
 from trl import SFTTrainer, RewardTrainer
@@ -44,6 +44,7 @@ import mpo_nb.evaluate, mpo_nb.gap, mpo_nb.ppo_trainer, mpo_nb.dpo
 from mpo_nb.recipe import load_recipe
 from mpo_nb.pipeline import stages
 from mpo_nb.cli import main
+gc.freeze()
 recipe, whole, killed = sys.argv[1:]
 
 def start(folder):

@@ -41,11 +41,12 @@ def write_study(path, **keys):
 
 # Everything is imported once; each try is a forked child that is killed after a random time.
 DRIVER = '''
-import os, random, signal, sys, time
+import gc, os, random, signal, sys, time
 import torch, trl, transformers, datasets, matplotlib.figure
 from trl import SFTTrainer, RewardTrainer
 import mpo_nb.results, mpo_nb.ppo_trainer, mpo_nb.dpo, mpo_nb.study
 from mpo_nb.cli import main
+gc.freeze()
 study, whole, killed, kills = *sys.argv[1:4], int(sys.argv[4])
 
 def start(folder):
@@ -67,6 +68,11 @@ for _ in range(kills):
 assert os.waitstatus_to_exitcode(os.waitpid(start(killed), 0)[1]) == 0
 print('killed', n)
 '''
+
+
+def test_this_file_stays_on_one_worker(request):
+    "Otherwise each makes the studies below [fails with pytest 9.2, which xdist 3.8 can't tell groups]"
+    if 'PYTEST_XDIST_WORKER' in os.environ: assert request.node.nodeid.endswith('@test_study.py')
 
 
 @pytest.fixture(scope='module')
