@@ -22,8 +22,8 @@ def groups():
     "README's table of notebooks: [(title of the group, [names])]"
     out = [('Tour', [])]
     for line in (ROOT/'README.md').read_text(encoding='utf-8').splitlines():
-        if m := re.fullmatch(r'\| \| \*\*(.+)\*\* \| \|', line): out.append((m[1], []))
-        if m := re.search(r'\]\(nbs/(\w+)\.ipynb\) \|', line): out[-1][1].append(m[1])
+        if m := re.fullmatch(r'\| \| \*\*(.+)\*\* \| \| \|', line): out.append((m[1], []))
+        if m := re.match(r'\| \[!.*\]\(nbs/(\w+)\.ipynb\) \|', line): out[-1][1].append(m[1])
     return out
 
 
@@ -155,7 +155,9 @@ def readme(start, end):
 def results_page(): return readme('## What we measured', '## What to expect')[1:]
 
 
-def index_page(): return readme('# mpo_nb', '## Two commands') + (ROOT/'docs'/'start.md').read_text(encoding='utf-8')
+def index_page():
+    first = readme('# mpo_nb', '## Two commands').replace('(#what-we-measured)', '(results.md)')
+    return first + (ROOT/'docs'/'start.md').read_text(encoding='utf-8')
 
 
 def toctree(caption, entries):

@@ -1,6 +1,7 @@
 "What the README promises: its example runs, its table lists every notebook, its files exist."
 import json
 import re
+from base64 import b64decode
 from pathlib import Path
 
 from mpo_nb.worlds import get_world
@@ -29,6 +30,44 @@ def test_every_notebook_is_listed_with_a_badge():
     for nb in sorted((ROOT/'nbs').glob('[0-9]*.ipynb')):
         assert (f'nbs/{nb.name}' in README
                 and f'colab.research.google.com/github/mpo-nb/mpo_nb/blob/main/nbs/{nb.name}' in README), nb.name
+
+
+def minutes(names):
+    "How long it takes to read notebooks: 200 words or 20 lines of code a minute; what is hidden isn't read"
+    words = lines = 0
+    for name in names:
+        for c in json.loads((ROOT/'nbs'/name).read_text(encoding='utf-8'))['cells']:
+            text = ''.join(c['source'])
+            if c['cell_type'] == 'markdown': words += len(re.findall(r'\w+', text))
+            elif '#| hide' not in text: lines += len([l for l in text.splitlines() if l.strip() and l[:2] != '#|'])
+    return round(words/200 + lines/20)
+
+
+def with_minutes(readme):
+    "README with the minutes of each row that leads to notebooks"
+    def row(m):
+        names = re.findall(r'\]\(nbs/([\w/]+\.ipynb)\)', m[0])
+        return f'{m[1]} {minutes(names)} |' if names else m[0]
+    return re.sub(r'(?m)^(\|.*\|) \w+ \|$', row, readme)
+
+
+def test_minutes_are_those_of_the_notebooks():
+    "[fails when a notebook grows by two pages]"
+    assert with_minutes(README) == README and README.count('| minutes |') == 2
+
+
+PICTURE = ROOT/'nbs'/'images'/'toy.png'
+
+def study_picture():
+    "The first figure of the study's page, as that notebook has drawn it"
+    cells = json.loads((ROOT/'nbs'/'studies'/'toy.ipynb').read_text(encoding='utf-8'))['cells']
+    return next(b64decode(''.join(o['data']['image/png'])) for c in cells for o in c.get('outputs', [])
+                if 'image/png' in o.get('data', {}))
+
+
+def test_the_picture_is_the_studys():
+    "[fails when the study's page is drawn again and README keeps the old picture]"
+    assert PICTURE.read_bytes() == study_picture()
 
 
 def test_local_links_exist():
@@ -69,4 +108,19 @@ def test_results_are_those_of_the_study():
     assert f'{len(seeds)} seeds' in README
 
 
-if __name__ == '__main__': print(*toy_rows(), *toy_verdicts(), sep='\n')   # for README
+def test_the_first_screen_says_what_the_study_says():
+    "Before any command [fails when the study's differences turn, and README's sentence stays]"
+    import pandas as pd
+    from mpo_nb.cells import load_study
+    from mpo_nb.study import compare_policies
+    table = compare_policies(load_study('toy'), pd.read_parquet(ROOT/'mpo_nb'/'saved'/'toy.parquet'))
+    diff = table[table.p_holm < .05].set_index(['a', 'b'])['diff']
+    assert diff['mpo', 'ppo'] > 0 > diff['mpo', 'dpo'] and diff['ppo', 'dpo'] < 0
+    said = ' '.join(README[:README.index('## Two commands')].split())
+    assert 'MPO is ahead of PPO, and plain DPO on all pairs is ahead of both' in said
+
+
+if __name__ == '__main__':   # brings picture and minutes up to date, and prints the numbers to be written
+    PICTURE.write_bytes(study_picture())
+    (ROOT/'README.md').write_text(with_minutes(README), encoding='utf-8')
+    print(*toy_rows(), *toy_verdicts(), sep='\n')
