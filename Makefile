@@ -3,13 +3,14 @@
 # make docs:  the site, in build/site, with its links and pages checked
 # make cells: the install cell of every notebook (Colab), from settings.ini
 # make colab: every notebook alone in a folder, in an environment that has the libraries and no mpo_nb
+# make twice: every notebook twice; what they print must be the same, times aside
 # make bench: every benchmark beside TRL (needs a quiet machine; results go to mpo_nb/saved)
 PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lab docs colab cells bench dist clean
+.PHONY: demo test lab docs colab twice cells bench dist clean
 demo: $(READY)
 	$(BIN)/mpo run toy
 
@@ -28,6 +29,9 @@ docs: $(READY)
 
 colab: $(READY)
 	COLAB=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/test_colab.py
+
+twice: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/twice.py
 
 cells: $(READY)
 	$(BIN)/python tests/install_cell.py

@@ -187,6 +187,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'mpo_nb.core._whole': ('core.html#_whole', 'mpo_nb/core.py'),
                              'mpo_nb.core.append_jsonl': ('core.html#append_jsonl', 'mpo_nb/core.py'),
                              'mpo_nb.core.cache_root': ('core.html#cache_root', 'mpo_nb/core.py'),
+                             'mpo_nb.core.explore': ('core.html#explore', 'mpo_nb/core.py'),
                              'mpo_nb.core.file_lock': ('core.html#file_lock', 'mpo_nb/core.py'),
                              'mpo_nb.core.printable': ('core.html#printable', 'mpo_nb/core.py'),
                              'mpo_nb.core.read_json': ('core.html#read_json', 'mpo_nb/core.py'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'BIDI', 'printable', 'UserError', 'replacing', 'write_json', 'read_json', 'read_parquet', 'file_lock',
-           'read_jsonl', 'append_jsonl', 'cache_root']
+           'read_jsonl', 'append_jsonl', 'cache_root', 'explore']
 
 # %% ../nbs/01_core.ipynb #590dfc1d
 import contextlib
@@ -162,3 +162,14 @@ def append_jsonl(
 def cache_root() -> Path: # `$MPO_NB_CACHE`, or ~/.cache/mpo_nb
     "Where results are kept that can be made again"
     return Path(os.environ.get('MPO_NB_CACHE', '~/.cache/mpo_nb')).expanduser()
+
+# %% ../nbs/01_core.ipynb #f521bb70
+def explore(
+    draw,       # Draws; its arguments are what the sliders move
+    **sliders,  # name of an argument = a control of ipywidgets, such as `FloatSlider(value=1, min=0, max=4)`
+):
+    "Sliders that draw again when they are moved; the picture at their first values where no front end listens"
+    from IPython import get_ipython
+    if getattr(get_ipython(), 'kernel', None) is None: return draw(**{k: s.value for k, s in sliders.items()})
+    from ipywidgets import interactive
+    return interactive(draw, **sliders)

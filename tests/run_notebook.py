@@ -22,20 +22,20 @@ def start_server(path):
     finally: set_path(path)
 
 
-def in_fork(path, log, python_path):
+def in_fork(path, log, python_path, save):
     from nbdev.test import test_nb
     set_path(python_path)
     with open(log, 'wb') as f:
         for fd in (1, 2): os.dup2(f.fileno(), fd)
     os.chdir(path.parent)
-    ok = test_nb(str(path), skip_flags=['notest', 'slow', 'cuda'])[0]
+    ok = test_nb(str(path), skip_flags=['notest', 'slow', 'cuda'], save=save)[0]
     sys.exit(not ok)
 
 
-def run_notebook(path, log):
-    "Exit code; what it printed is in the file `log`"
+def run_notebook(path, log, save=False):
+    "Exit code; what it printed is in the file `log`, and with `save` its outputs in the notebook"
     python_path = os.environ.get('PYTHONPATH')
     start_server(python_path)
-    p = SERVER.Process(target=in_fork, args=(path, log, python_path))
+    p = SERVER.Process(target=in_fork, args=(path, log, python_path, save))
     p.start(); p.join()
     return p.exitcode

@@ -5,6 +5,7 @@ import nbformat
 import pytest
 from install_cell import NOTEBOOKS
 from run_notebook import run_notebook
+from twice import differences
 
 
 def test_there_are_notebooks():
@@ -39,3 +40,11 @@ def test_one_notebook_does_not_reach_the_next(tmp_path):
     for name, cell in cells.items():
         code = run_notebook(write(tmp_path/f'{name}.ipynb', cell), tmp_path/'log')
         assert code == 0, (tmp_path/'log').read_text()
+
+
+def test_what_two_runs_print_is_compared(tmp_path):
+    "Times apart [fails when outputs are not saved, and when nothing is masked]"
+    steady = write(tmp_path/'steady.ipynb', 'import time; print(f"{time.perf_counter()} s"); "the same"')
+    assert differences(steady) == []
+    other = differences(write(tmp_path/'other.ipynb', 'import os; os.urandom(3)'))
+    assert len(other) == 2 and all("cell 0: b'" in line for line in other)
