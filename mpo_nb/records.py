@@ -9,6 +9,7 @@ __all__ = ['PACKAGES', 'record_id', 'write_record', 'remedy', 'stage_record', 's
 # %% ../nbs/38b_records.ipynb #ef284b08
 import hashlib, importlib.metadata, json, shutil
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 
 from .core import UserError, damage, file_list, file_names, read_json, write_json
@@ -83,6 +84,7 @@ def note_again(run: Path, name: str, file: str):
 # %% ../nbs/38b_records.ipynb #337c97c3
 PACKAGES = 'mpo_nb torch transformers trl accelerate datasets numpy'.split()   # whose versions decide numbers
 
+@cache
 def versions() -> dict: return {p: importlib.metadata.version(p) for p in PACKAGES}
 
 # %% ../nbs/38b_records.ipynb #4bdfc509
