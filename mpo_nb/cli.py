@@ -255,7 +255,7 @@ COMMANDS = dict(
     judge=Command('FILE', 'let a language model judge completions pairwise', judge_options, judge_command),
     human=Command('FILE', 'a sheet for people to vote on, and what their votes say', human_options, human_command),
     report=Command('RUN', 'write the page of a finished run again', report_options, report_command),
-    verify=Command('RUN', 'are the files of a run what its stages wrote? Trains nothing', verify_options, verify_command))
+    verify=Command('RUN', 'is every file of a run what its stages wrote?', verify_options, verify_command))
 
 # %% ../nbs/45_cli.ipynb #78818947
 def formatter():
@@ -276,8 +276,8 @@ recipes:
 
 short: --data PATH is --data.source PATH, --model PATH is --model.name PATH. Lists and dicts are written as YAML.
 A value inside a dict is set by its own name, such as --policies.mpo.kl_coef 0.1.
-The run folder holds report.html and evaluation.json; a killed run goes on when it is started again. A file in it that is
-missing or altered stops the run; --redo STAGE makes a stage again with all that reads it.'''
+The run folder holds report.html and evaluation.json; a killed run goes on when it is started again. A file in it
+that is missing or altered stops the run; --redo STAGE makes a stage again with all that reads it.'''
 
 # %% ../nbs/45_cli.ipynb #4e674e73
 def command_parser(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'record_id', 'write_record', 'remedy', 'stage_record', 'stage_damage', 'check_files', 'note_again',
-           'versions', 'check_versions', 'stale_input', 'stage_state', 'verify', 'remove', 'forget', 'check_links']
+           'versions', 'check_versions', 'stale_input', 'stage_state', 'verify', 'remove', 'forget', 'refuse_links']
 
 # %% ../nbs/38b_records.ipynb #ef284b08
 import hashlib, importlib.metadata, json, shutil
@@ -29,7 +29,7 @@ def write_record(
     what: dict,     # Further entries
 ):
     "Write `stage.json` into `out`"
-    # the one time that a stage's files are hashed while it runs: a model of some GB takes seconds, training it took hours
+    # once a stage: hashing a model of some GB takes seconds, training it took hours
     own = [k for k in file_names(out) if k != 'stage.json']
     files = {f'{name}/{k}': v for k, v in file_list(out, own).items()} | file_list(run, writes)
     record = dict(what, files=files, at=datetime.now(timezone.utc).isoformat())
@@ -135,7 +135,7 @@ def forget(run: Path, names):
         for p in (Path(run)/name, Path(run)/'checkpoints'/name): remove(p)
 
 # %% ../nbs/38b_records.ipynb #79e98490
-def check_links(run: Path):
+def refuse_links(run: Path):
     "`UserError` for checkpoints behind a symbolic link: a trainer deletes the old ones among them"
     for p in (Path(run)/'checkpoints', *Path(run).glob('checkpoints/*'), *Path(run).glob('checkpoints/*/checkpoint-*')):
         if p.is_symlink():

@@ -22,7 +22,7 @@ from .keys import Recipe, flat
 from .recipe import to_yaml
 from .progress import Progress, is_main, n_processes, wait_for_all
 from mpo_nb.records import (
-    check_files, check_links, check_versions, forget, remedy, remove, stage_record, versions, write_record
+    check_files, refuse_links, check_versions, forget, remedy, remove, stage_record, versions, write_record
 )
 
 # %% ../nbs/39_runs.ipynb #dfba05ad
@@ -255,7 +255,7 @@ def check_folder(
     "`UserError` if `run` is no run folder, or belongs to another recipe or other data"
     run = Path(run)
     if not check_is_run(run): return
-    check_links(run)
+    refuse_links(run)
     check_same_recipe(r, run, table, clashes(r, run, table, redo))
 
 # %% ../nbs/39_runs.ipynb #d59a2f6e
