@@ -15,7 +15,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 
-from .core import log, replacing, UserError
+from .core import encodable, log, replacing, UserError
 from .sources import read_rows
 from .evaluate import add_scores, distinct_n, new_axes, paired
 from mpo_nb.compare import (
@@ -104,6 +104,15 @@ def _refuse_texts(df, c, path):
         raise UserError(f'{path}, row {bad[0] + 1}: {c} is not text ({len(bad)} such rows); '
                         f'every row needs prompt, policy and completion')
 
+def _whole_rows(path):
+    "The rows of a file; `UserError` for a text that no page and no table can hold"
+    rows = read_rows(path)
+    for n, row in rows:
+        if odd := [k for k, v in row.items() if isinstance(v, str) and encodable(v) != v]:
+            raise UserError(f'{path}, row {n}: {odd[0]} holds half a character (a lone surrogate such as \\ud83d): the text '
+                            'was cut inside of one; mend or remove that row')
+    return [row for _, row in rows]
+
 # %% ../nbs/26_results.ipynb #5c1a0f0b
 def read_completions(
     path,            # file (jsonl, json, csv, parquet; text also as .gz), or a run folder with completions.parquet
@@ -115,7 +124,7 @@ def read_completions(
         raise UserError(f'{path} does not exist: give a file with prompt, policy, completion, '
                         f'or a run folder that has completions.parquet')
     if path.suffix == '.parquet': df = pd.read_parquet(path)
-    else: df = pd.DataFrame([r for _, r in read_rows(path)])
+    else: df = pd.DataFrame(_whole_rows(path))
     for c in ('prompt', 'policy', 'completion'): _refuse_texts(df, c, path)
     if 'prompt_id' not in df: df = df.assign(prompt_id=pd.factorize(df.prompt)[0])
     return df.reset_index(drop=True)
