@@ -175,7 +175,7 @@ def eval_command(cfg: dict, parts: dict) -> int:
     "`mpo eval FILE`"
     from mpo_nb.results import evaluate_file
     names = 'scores', 'reward_model', 'verdicts', 'margin', 'baseline', 'common', 'output_dir'
-    print(evaluate_file(whole(cfg['file']), **{k: cfg[k] for k in names}))
+    print(printable(evaluate_file(whole(cfg['file']), **{k: cfg[k] for k in names}), keep='\n'))
     return 0
 
 # %% ../nbs/45_cli.ipynb #a74b0c63
