@@ -24,7 +24,7 @@ from .keys import Recipe, flat
 from mpo_nb.recipe import (
     check_values, load_yaml, make_recipe, parse_values, read_recipe, read_text, recipe_file, with_parts
 )
-from .runs import stage_record
+from .records import check_files, stage_record, versions
 from .pipeline import run
 
 # %% ../nbs/43_cells.ipynb #aa00445a
@@ -241,9 +241,11 @@ class Shelf:
     folder: Path
 
     def fetch(self, run: Path, stage, inputs: dict) -> bool:
-        "Link the result into a run folder; False where there is none, or it was made from other inputs"
+        """Link the result into a run folder; False where there is none, or it was made from other inputs or by other
+        packages; `UserError` where it is damaged"""
         kept = stage_record(self.folder, stage.name)
-        if not kept or kept['inputs'] != inputs: return False
+        if not kept or kept['inputs'] != inputs or kept['packages'] != versions(): return False
+        check_files(self.folder, [stage.name])
         for name in (*stage.writes, stage.name):
             with replacing(Path(run)/name) as tmp: link_tree(self.folder/name, tmp)
         return True

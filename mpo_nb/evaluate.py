@@ -27,7 +27,11 @@ def finite_scores(
     prompts,   # [n] texts
 )->np.ndarray: # [n]
     "`scores` as an array; `UserError` naming policy and prompt if there isn't one finite number for each"
-    scores, n = np.asarray(scores, dtype=float), len(prompts)
+    n = len(prompts)
+    try: scores = np.asarray(scores, dtype=float)
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"judge: {n} completions of policy {policy!r} got {type(scores).__name__} {scores!r:.60}; "
+                        f"return one number per completion") from None
     if scores.shape != (n,):
         raise UserError(f"judge: {n} completions of policy {policy!r} got scores of shape {scores.shape}; "
                         f"return one number per completion")

@@ -18,6 +18,7 @@ from fastcore.basics import patch
 
 from .core import append_jsonl, file_lock, log, read_jsonl, replacing, UserError
 from .compare import a_first, swap
+from .results import FORMULA
 from .asking import check_rows
 
 # %% ../nbs/31_human.ipynb #0bf47489
@@ -297,7 +298,7 @@ def annotate(
 # %% ../nbs/31_human.ipynb #53bb9b0a
 def _inert(text):
     "`text` as no spreadsheet program takes it for a formula"
-    return "'" + text if text.lstrip()[:1] in tuple('=+-@') or text[:1] in ('\t', '\r') else text
+    return "'" + text if FORMULA.match(text) or text[:1] in ('\t', '\r') else text
 
 # %% ../nbs/31_human.ipynb #53bb9b0b
 @patch

@@ -6,9 +6,9 @@
 __all__ = ['KINDS', 'LEAST', 'PROPERTIES', 'SCHEMA', 'ROOM', 'FATAL', 'LLMJudge', 'FakeServer', 'NoRoom']
 
 # %% ../nbs/28_judge.ipynb #29a27719
-import dataclasses, hashlib, json, math, os, re, threading
+import base64, dataclasses, hashlib, json, math, os, re, threading
 from collections import Counter
-from concurrent.futures import as_completed, ThreadPoolExecutor
+from concurrent.futures import as_completed, Future, ThreadPoolExecutor, TimeoutError as OutOfTime
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,11 +20,11 @@ import pandas as pd
 from fastcore.basics import patch
 from tqdm import tqdm
 
-from .core import UserError
+from .core import encodable, UserError
 from .compare import a_first
 from mpo_nb.asking import (
     check_rows, combine, FAIR, fill, FORMATS, Meter, ORDERS, Question, question, read_answers, read_verdict,
-    same_answers, Stop, Store, TASKS, TEMPLATE, Unreadable, unswapped
+    same_answers, Stop, Store, TASKS, TEMPLATE, tokens_of, UNREADABLE, Unreadable, unswapped
 )
 
 # %% ../nbs/28_judge.ipynb #44f9f82e
@@ -228,14 +228,30 @@ def do_POST(self:_Handler):
     self.reply(200, id='1', object='chat.completion', created=0, model='fake', usage=usage, choices=[message])
 
 # %% ../nbs/28_judge.ipynb #d36561ce
+@patch(as_prop=True)
+def secret(self:LLMJudge):
+    "The server's key, or None; the line break that a file leaves at its end is no part of it"
+    return (os.environ.get(self.key_env) or '').strip() or None
+
+@patch
+def masked(self:LLMJudge, text:str)->str:
+    "`text` without the key in any form that a server may send it back in"
+    key = self.secret or ''
+    if len(key) < 8: return text   # a word that stands for a key, such as `none`
+    percent = ''.join(f'(?:{re.escape(c)}|%{ord(c):02x})' for c in key)   # as it is, or as an address holds it
+    base = re.escape(base64.b64encode(key.encode()).decode().rstrip('='))
+    return re.sub(f'{percent}|{base}=*', '***', text, flags=re.I)
+
 def _client(judge):
     "A connection to the judge's server"
     try: import openai
     except ImportError: raise UserError("an LLM judge needs the package openai: pip install 'mpo_nb[judge]'") from None
-    key = os.environ.get(judge.key_env)
+    key = judge.secret
     if not key and not judge.base_url:
         raise UserError(f'no key: put it into the environment variable {judge.key_env} (a local '
                         f'server needs none, but a base_url)')
+    if key and not re.fullmatch('[!-~]+', key):
+        raise UserError(f'the key in {judge.key_env} holds blanks or characters that no key has: set it again')
     return openai.OpenAI(api_key=key or 'none', base_url=judge.url, timeout=judge.timeout, max_retries=judge.retries,
                          http_client=openai.DefaultHttpxClient(event_hooks=dict(request=[judge.meter.call])))
 
@@ -272,19 +288,31 @@ def _learn(self:LLMJudge, error, sent):
     return bool(at)
 
 # %% ../nbs/28_judge.ipynb #d36561d4
+def _within(seconds, f):
+    "`f()`, or `TimeoutError`: a server that sends a byte now and then never exceeds the time of a single read"
+    out = Future()
+    def work():
+        try: out.set_result(f())
+        except BaseException as e: out.set_exception(e)
+    threading.Thread(target=work, daemon=True).start()   # left behind where it doesn't end
+    try: return out.result(seconds)
+    except OutOfTime: raise TimeoutError(f'no whole reply within {seconds:.1f} s') from None
+
 @patch
 def _send(self:LLMJudge, q, room):
     "The server's reply; what is refused is left out and the request made again"
     import openai
+    limit = (self.retries + 1)*self.timeout + 8*self.retries   # 8: the longest pause before a retry
     while True:
         params = self._params(q, room)
         size, reply = _tokens(params['messages'][0]['content']) + room, None
         self.meter.reserve(size)
-        try: reply = self.client.chat.completions.create(**params)
+        try: reply = _within(limit, lambda: self.client.chat.completions.create(**params))
         except (openai.BadRequestError, openai.UnprocessableEntityError) as e:
             if not self._learn(e, params): raise
             continue
-        except ValueError as e: raise Unreadable(f'the body of the reply is not JSON ({type(e).__name__})') from None
+        except (ValueError, RecursionError) as e:
+            raise Unreadable(f'the body of the reply is not JSON ({type(e).__name__})') from None
         finally: self.meter.settle(size, getattr(reply, 'usage', None), replies=int(reply is not None))
         return reply
 
@@ -292,13 +320,17 @@ def _send(self:LLMJudge, q, room):
 class NoRoom(Unreadable): "A reply that was cut off or is empty"
 
 def _content(reply):
-    "Text of a complete reply"
-    if not getattr(reply, 'choices', None): raise Unreadable('the body of the reply is no chat completion')
-    choice = reply.choices[0]
-    if choice.finish_reason == 'length': raise NoRoom('the reply was cut off (finish_reason length)')
-    if getattr(choice.message, 'refusal', None): raise Unreadable('the model refused')
-    if not (choice.message.content or '').strip(): raise NoRoom('the reply is empty')
-    return choice.message.content
+    "Text of a complete reply; whatever a server may send instead is `Unreadable`"
+    choices = getattr(reply, 'choices', None)
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    if getattr(choice, 'finish_reason', None) == 'length': raise NoRoom('the reply was cut off (finish_reason length)')
+    message = getattr(choice, 'message', None)
+    if not hasattr(message, 'content'): raise Unreadable('the body of the reply is no chat completion')
+    if getattr(message, 'refusal', None): raise Unreadable('the model refused')
+    if message.content is None or message.content == '': raise NoRoom('the reply is empty')
+    if not isinstance(message.content, str): raise Unreadable(f'the reply is {type(message.content).__name__}, not text')
+    if not message.content.strip(): raise NoRoom('the reply is empty')
+    return message.content
 
 # %% ../nbs/28_judge.ipynb #d36561da
 @patch
@@ -311,29 +343,31 @@ def _read(self:LLMJudge, text):
 
 # %% ../nbs/28_judge.ipynb #d36561db
 @patch
-def _ask(self:LLMJudge, q):
-    "The answer to one question; `Unreadable` after three replies without a verdict"
+def _ask(self:LLMJudge, q, store=None):
+    "The answer to one question; `Unreadable` after three replies without a verdict, which are kept in `store`"
     room = self.max_tokens
     for _ in range(3):
+        reply = None
         try:
             reply = self._send(q, room)
             text = _content(reply)
             return self._answer(q, reply, text, *self._read(text))
         except NoRoom as e: why, room = e, 2*room
         except Unreadable as e: why = e
+        if store and reply is not None: store.add(self._answer(q, reply, str(reply)[:10_000], UNREADABLE, str(why)))
     raise Unreadable(f'{why}; three replies')
 
 # %% ../nbs/28_judge.ipynb #d36561dc
 @patch
 def _answer(self:LLMJudge, q, reply, text, label, reason):
     "What is stored: enough to see later who was asked what, how, and what it said"
-    usage, template = getattr(reply, 'usage', None), hashlib.sha256(self.template.encode()).hexdigest()[:8]
-    return dict(key=self.key(q), id=str(q.id), order=q.order, label=label, reason=reason, reply=text,
-                model=self.model, served=getattr(reply, 'model', None), url=self.url, task=self.task, template=template,
-                temperature=None if 'temperature' in self.refused else self.temperature,
-                seed=self.seed, repeat=self.repeat, prompt_tokens=getattr(usage, 'prompt_tokens', None),
-                completion_tokens=getattr(usage, 'completion_tokens', None),
-                at=datetime.now(timezone.utc).isoformat(timespec='seconds'))
+    template = hashlib.sha256(self.template.encode()).hexdigest()[:8]
+    temperature = None if 'temperature' in self.refused else self.temperature
+    return dict(key=self.key(q), id=str(q.id), order=q.order, label=label, reason=self.masked(reason),
+                reply=self.masked(text), model=self.model, served=self.masked(str(getattr(reply, 'model', ''))),
+                url=self.url, task=self.task, template=template, temperature=temperature, seed=self.seed,
+                repeat=self.repeat, at=datetime.now(timezone.utc).isoformat(timespec='seconds'),
+                **tokens_of(getattr(reply, 'usage', None)))
 
 # %% ../nbs/28_judge.ipynb #01dda61e
 FATAL = {401: 'the server refused the key', 402: 'the server wants to be paid', 403: 'the server forbids it',
@@ -343,8 +377,8 @@ FATAL = {401: 'the server refused the key', 402: 'the server wants to be paid', 
 def _reason(self:LLMJudge, error):
     "One line about an error, without the key"
     status = getattr(error, 'status_code', None)
-    text, key = ' '.join(str(getattr(error, 'message', None) or error).split()), os.environ.get(self.key_env)
-    text = (text.replace(key, '***') if key else text)[:200]   # masked before it is cut: half a key is a secret too
+    text = ' '.join(str(getattr(error, 'message', None) or error).split())
+    text = self.masked(text)[:200]   # masked before it is cut: half a key is a secret too
     return f'{FATAL[status]} ({text})' if status in FATAL else f'{type(error).__name__}: {text}'
 
 # %% ../nbs/28_judge.ipynb #01dda620
@@ -352,7 +386,7 @@ def _reason(self:LLMJudge, error):
 def _failed(self:LLMJudge, error):
     "Reason of a failure; decides whether to go on asking"
     cause = error if isinstance(error, Stop) else getattr(error, '__cause__', None)
-    reason = str(error) if isinstance(error, (Stop, Unreadable)) else self._reason(error)
+    reason = self.masked(str(error)) if isinstance(error, (Stop, Unreadable)) else self._reason(error)
     with self.lock:
         self.streak += 1
         if isinstance(cause, Stop): self.stopped = reason = str(cause)
@@ -366,10 +400,12 @@ def _failed(self:LLMJudge, error):
 @patch
 def _try(self:LLMJudge, q, store):
     "The answer, stored; or the reason for not having one, as text"
-    import openai
     if self.stopped: return f'not asked: {self.stopped}'
-    try: answer = self._ask(q)
-    except (Stop, Unreadable, openai.OpenAIError) as e: return self._failed(e)
+    try: answer = self._ask(q, store)
+    except OSError as e:
+        if not isinstance(e, TimeoutError): raise   # the store can't be written: nothing more may be paid for
+        return self._failed(e)
+    except Exception as e: return self._failed(e)   # whatever one reply does, the others are judged
     store.add(answer)
     self.streak = 0
     return answer
@@ -399,7 +435,7 @@ def _verdict(self:LLMJudge, row, answers):
     got = {o: answers[self.key(question(row, o))] for o in ORDERS}
     said = {o: 'failed' if isinstance(g, str) else unswapped(g['label'], o) for o, g in got.items()}
     reason = ' | '.join(f"{o[0]} shown as A: {g if isinstance(g, str) else g['reason']}" for o, g in got.items())
-    return dict(first, **said, **combine(said['ab'], said['ba']), reason=reason)
+    return dict(first, **said, **combine(said['ab'], said['ba']), reason=encodable(reason))
 
 # %% ../nbs/28_judge.ipynb #716b4c7d
 @patch

@@ -27,7 +27,7 @@ from .progress import last_checkpoint, watch
 from .runs import Stage, Work, run_table
 from mpo_nb.prepare import (
     JUDGE_SEED, LENGTHS, SFT_SEED, arguments, as_demonstrations, base_model, fit_sft, last_logged, lengths, load_policy,
-    pairs_of, save_policy, source_stamp, stage_data, stage_gaps, stage_judge, stage_pairs, stage_reward, stage_sft,
+    pairs_of, save_policy, source_hashes, stage_data, stage_gaps, stage_judge, stage_pairs, stage_reward, stage_sft,
     the_judge, trains_judge
 )
 
@@ -253,16 +253,19 @@ def stage_report(work: Work, names: list): # names: of all other stages
 
 # %% ../nbs/41_pipeline.ipynb #82f5d778
 FIRST = (
-    Stage('data', stage_data, 0, keys=('world', 'data', 'eval.judge', 'model'), own=source_stamp),
+    Stage('data', stage_data, 0, keys=('world', 'data', 'eval.judge', 'model'),
+          sources=lambda r: source_hashes(r, 'data.source', 'model.name')),
     Stage('sft', stage_sft, SFT_SEED, keys=('world', 'model', 'sft', *LENGTHS), reads=('data',), parallel=True),
     Stage('pairs', stage_pairs, 2, keys=('world', 'data'), reads=('sft',), when=lambda r: bool(r.world.name)),
-    Stage('reward', stage_reward, 3, keys=('model', 'reward', *LENGTHS), reads=('sft', 'pairs', 'data'), parallel=True),
+    Stage('reward', stage_reward, 3, keys=('model', 'reward', *LENGTHS), reads=('sft', 'pairs', 'data'), parallel=True,
+          sources=lambda r: source_hashes(r, 'reward.name')),
     Stage('judge', stage_judge, JUDGE_SEED, keys=('model', 'reward', *LENGTHS), reads=('data',), when=trains_judge,
           parallel=True),
     Stage('gaps', stage_gaps, 5, reads=('sft', 'pairs', 'data', 'reward', 'judge'), writes=('gaps.parquet',),
           keys=('gap.threshold', 'gap.easy_fraction', 'gap.max_wrong', 'gap.folds', 'gap.disagree', 'reward', 'model',
                 'eval.judge', *LENGTHS), parallel=True,
-          own=lambda r: None if r.gap.scores == 'reward' else r.gap.scores))
+          own=lambda r: None if r.gap.scores == 'reward' else r.gap.scores,
+          sources=lambda r: source_hashes(r, 'eval.judge')))
 
 # %% ../nbs/41_pipeline.ipynb #a02df192
 def stages(
@@ -274,6 +277,7 @@ def stages(
     names = ['sft', *policies]
     rows.append(Stage('eval', partial(stage_eval, names=names), 10, keys=('eval', 'world', *LENGTHS),
                       own=lambda r: names, reads=(*names, 'reward', 'pairs', 'data', 'judge'),
+                      sources=lambda r: source_hashes(r, 'eval.judge'),
                       writes=('completions.parquet',)))
     before = [s.name for s in rows]
     rows.append(Stage('report', partial(stage_report, names=before), 11, keys=('eval.samples', 'name'),
@@ -293,8 +297,9 @@ def run(
     file=None,               # Where progress goes; None: stderr
     only: list = (),         # Policies; none: all. What they need is trained, too
     store=None,              # Results that runs share (room `study`)
+    redo=(),                 # Stages to make again, with all that reads them
 ) -> Path:                   # The run folder
     "Run all stages that are not finished, and write the report"
     recipe = with_only(recipe, only)
     check(recipe)
-    return run_table(recipe, stages(recipe), progress, file, store)
+    return run_table(recipe, stages(recipe), progress, file, store, redo)

@@ -26,7 +26,7 @@ from mpo_nb.training import (
 )
 from .reward import reward_model_from, RewardModel
 from .actor_critic import ActorCritic, trunk_of, ValueHead
-from .ppo import ADVANTAGES, KL_ESTIMATORS, KL_PLACES, moments, option, PPOSettings
+from .ppo import as_scores, ADVANTAGES, KL_ESTIMATORS, KL_PLACES, moments, option, PPOSettings
 
 # %% ../nbs/19_ppo_config.ipynb #96c6d1a8
 def combined_reward(reward): # `RewardModel`, function, or list of (weight, reward)
@@ -34,8 +34,7 @@ def combined_reward(reward): # `RewardModel`, function, or list of (weight, rewa
     if isinstance(reward, PreTrainedModel):
         raise UserError('a reward given as a bare model has no tokenizer: pass RewardModel(model, tokenizer)')
     if callable(reward): return reward
-    return lambda prompts, completions: sum(w * torch.as_tensor(r(prompts, completions), dtype=torch.float64)
-                                            for w, r in reward)
+    return lambda prompts, completions: sum(w * as_scores(r(prompts, completions), len(completions)) for w, r in reward)
 
 # %% ../nbs/19_ppo_config.ipynb #6f2b1480
 def chat_text(

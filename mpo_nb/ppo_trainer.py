@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PLOTS', 'PPOTrainer', 'check_given', 'plan_steps', 'rollout_sums', 'explained_variance', 'rollout_completions',
-           'save_experience', 'load_experience', 'save_part', 'load_part', 'log_curve', 'plot_run', 'rollouts_to_reach',
-           'rollouts_to_gold']
+           'save_experience', 'load_experience', 'save_part', 'part_file', 'load_part', 'log_curve', 'plot_run',
+           'rollouts_to_reach', 'rollouts_to_gold']
 
 # %% ../nbs/20_ppo_trainer.ipynb #2ef713cb
 import json
@@ -335,15 +335,30 @@ def save_part(part, folder):
     else: part.save_pretrained(folder, **({'save_embedding_layers': False} if hasattr(part, 'peft_config') else {}))
 
 # %% ../nbs/20_ppo_trainer.ipynb #f684d41a
+def part_file(part) -> str:
+    "The file that a saved part can't be without"
+    return ('value_head.safetensors' if isinstance(part, ValueHead) else
+            'adapter_model.safetensors' if hasattr(part, 'peft_config') else 'config.json')
+
 def load_part(part, folder):
-    "Put the weights that `save_part` wrote into `part`"
+    "Put the weights that `save_part` wrote into `part`; `UserError` where they are not all there"
+    from safetensors import SafetensorError
+    # without a config.json transformers would make a model of its own idea of a size
+    if not (folder/part_file(part)).is_file():
+        raise UserError(f'checkpoint {folder} holds no {part_file(part)}: it is not whole, go on from an earlier one')
+    try: _load_weights(part, folder)
+    except (SafetensorError, RuntimeError, OSError, ValueError) as e:
+        raise UserError(f'checkpoint {folder} cannot be loaded ({str(e).splitlines()[0][:200]}): '
+                        'go on from an earlier one') from e
+
+def _load_weights(part, folder):
+    "Weights of a value head, a model or an adapter"
     if isinstance(part, ValueHead): return part.load_state_dict(load_file(folder/'value_head.safetensors'))
     if not hasattr(part, 'peft_config'):
         return part.load_state_dict(type(part).from_pretrained(folder, dtype=part.dtype).state_dict())
     from peft import set_peft_model_state_dict
     unknown = set_peft_model_state_dict(part, load_file(folder/'adapter_model.safetensors')).unexpected_keys
-    if unknown:
-        raise UserError(f'checkpoint {folder.name} holds another adapter: {unknown[0]} has no place in this one')
+    if unknown: raise ValueError(f'it holds another adapter: {unknown[0]} has no place in this one')
 
 # %% ../nbs/20_ppo_trainer.ipynb #329ba346
 @patch

@@ -4,24 +4,26 @@
 
 # %% auto #0
 __all__ = ['JUDGE_SEED', 'SFT_SEED', 'LENGTHS', 'cut_prompt', 'too_long', 'fit_lengths', 'fitting_pairs', 'trains_judge',
-           'split_pairs', 'stage_data', 'pairs_of', 'file_hash', 'source_stamp', 'device', 'base_model', 'load_policy',
-           'save_policy', 'fresh_adapter', 'lengths', 'arguments', 'last_logged', 'fit_sft', 'as_demonstrations',
-           'stage_sft', 'stage_pairs', 'fit_reward', 'save_reward', 'reward_pairs', 'stage_reward', 'stage_judge',
-           'the_judge', 'scored_pairs', 'split_scored', 'write_split', 'stage_gaps']
+           'split_pairs', 'stage_data', 'pairs_of', 'hash_once', 'outside_files', 'source_hashes', 'outside', 'device',
+           'base_model', 'load_policy', 'save_policy', 'fresh_adapter', 'lengths', 'arguments', 'last_logged',
+           'fit_sft', 'as_demonstrations', 'demonstrations_of', 'stage_sft', 'stage_pairs', 'fit_reward', 'save_reward',
+           'reward_pairs', 'stage_reward', 'stage_judge', 'the_judge', 'scored_pairs', 'split_scored', 'write_split',
+           'stage_gaps']
 
 # %% ../nbs/40_prepare.ipynb #3c3861ec
-import hashlib, re
+import re
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from .core import UserError, read_parquet, replacing, write_json
+from .core import UserError, file_hash, file_names, read_parquet, replacing, write_json
 from .keys import DataKeys, Recipe
 from .checks import local, recipe_tokenizer, the_world
 from .progress import is_main, last_checkpoint, watch
-from .runs import Work, checkpoint_folder
+from .records import check_files, stage_record
+from .runs import Work, checkpoint_folder, values_of
 
 # %% ../nbs/40_prepare.ipynb #59545db4
 def cut_prompt(
@@ -132,19 +134,34 @@ def pairs_of(work: Work, part: str):
 
 # %% ../nbs/40_prepare.ipynb #2477e1c9
 @lru_cache(maxsize=None)
-def file_hash(path: Path, size: int, mtime: int) -> str: # size and time: a file that was written again is read again
-    "Hash of a file's content"
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+def hash_once(path: Path, size: int, mtime: int) -> str: # size and time: a file that was written again is read again
+    "Hash of a file's content; asked again and again by one process, which reads the file, of many GB perhaps, once"
+    return file_hash(path)[:16]
 
 # %% ../nbs/40_prepare.ipynb #0ea5c35a
-def source_stamp(r: Recipe):
-    "Hashes of the local files that a recipe reads; None for worlds and the Hub"
-    from mpo_nb.sources import find_source, is_local
-    source = r.data.source and find_source(r.data.source)
-    if not source or not is_local(source): return None
+def outside_files(source: str, below: bool) -> dict: # below: do files in folders of the folder count, too?
+    "Files of a local source or model: relative name -> path; {} for the Hub"
     root = Path(source).expanduser()
-    files = sorted(p for p in root.rglob('*') if p.is_file()) if root.is_dir() else [root] * root.is_file()
-    return [file_hash(p, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    if root.is_file(): return {root.name: root}
+    return {n: root/n for n in file_names(root) if below or '/' not in n}
+
+def source_hashes(r: Recipe, *keys) -> dict: # keys: such as data.source or model.name
+    "Hash of each local file that these keys of a recipe name: `KEY: FILE` -> hash"
+    from mpo_nb.sources import find_source, is_local
+    out = {}
+    for key, value in values_of(r, keys).items():
+        source = find_source(value) if key == 'data.source' else value
+        if not isinstance(source, str) or not is_local(source): continue
+        for name, p in outside_files(source, below=key == 'data.source').items():
+            out[f'{key}: {name}'] = hash_once(p, p.stat().st_size, p.stat().st_mtime_ns)
+    return out
+
+# %% ../nbs/40_prepare.ipynb #3cdaf708
+def outside(name: str):
+    "A model's path or Hub id; `UserError` where it is a stage of a run, and not as that run wrote it"
+    path = local(name)
+    if isinstance(path, Path) and (path/'stage.json').is_file(): check_files(path.parent, [path.name])
+    return path
 
 # %% ../nbs/40_prepare.ipynb #88d302d9
 def device():
@@ -162,7 +179,7 @@ def base_model(r: Recipe):
     if not r.model.name: return the_world(r).model(r.seed*100 + SFT_SEED, **r.model.size)
     tok, kw = recipe_tokenizer(r), {}
     if r.model.quantize: kw['quantization_config'] = quantization(r.model.quantize, r.model.dtype)
-    return load_model(r.model.name, parse_dtype(r.model.dtype), tok.pad_token, tok.eos_token, **kw)
+    return load_model(str(outside(r.model.name)), parse_dtype(r.model.dtype), tok.pad_token, tok.eos_token, **kw)
 
 # %% ../nbs/40_prepare.ipynb #01639118
 def load_policy(
@@ -236,15 +253,21 @@ def as_demonstrations(pairs):
     "The chosen completions of pairs"
     return pairs.select_columns(['prompt', 'chosen']).rename_column('chosen', 'completion')
 
+# %% ../nbs/40_prepare.ipynb #fae27b7e
+def demonstrations_of(work: Work):
+    "What SFT learns from: the world's demonstrations, None where it has none, or the chosen completions of the pairs"
+    if not work.r.world.name: return as_demonstrations(pairs_of(work, 'train'))
+    # what the stage says of itself decides, not whether there is a file: one that is missing is an error
+    if not stage_record(work.run, 'data')['metrics']['demonstrations']: return None
+    return read_parquet(work.run/'data'/'demonstrations.parquet')
+
 # %% ../nbs/40_prepare.ipynb #c9adbfff
 def stage_sft(work: Work):
     "SFT model: trained on demonstrations or chosen completions, or the model as it is"
-    r, demos, history = work.r, work.run/'data'/'demonstrations.parquet', []
+    r, demos, history = work.r, demonstrations_of(work), []
     model, tok = base_model(r)
     model = fresh_adapter(r, model)
-    if r.sft.max_steps and (demos.exists() or not r.world.name):
-        rows = read_parquet(demos) if demos.exists() else as_demonstrations(pairs_of(work, 'train'))
-        history = fit_sft(work, model, tok, rows, vars(r.sft))
+    if r.sft.max_steps and demos is not None: history = fit_sft(work, model, tok, demos, vars(r.sft))
     save_policy(work, model, tok, history)
     return last_logged(history, 'loss')
 
@@ -302,7 +325,7 @@ def reward_pairs(work: Work):
 def stage_reward(work: Work):
     "Reward model, from the SFT model; or the one the recipe names"
     from mpo_nb.reward import RewardModel
-    if work.r.reward.name: return save_reward(work, RewardModel.load(local(work.r.reward.name)), [])
+    if work.r.reward.name: return save_reward(work, RewardModel.load(outside(work.r.reward.name)), [])
     return save_reward(work, *fit_reward(work, load_policy(work.r, work.run/'sft'), reward_pairs(work)))
 
 # %% ../nbs/40_prepare.ipynb #333bbc36
@@ -315,7 +338,7 @@ def the_judge(r: Recipe, run: Path): # ((prompts, completions) -> scores, its na
     "What scores the policies"
     from mpo_nb.reward import RewardModel
     judge = r.eval.judge if isinstance(r.eval.judge, str) else None
-    if judge and judge != 'gold': return RewardModel.load(local(judge)), f'reward model {Path(judge).name}'
+    if judge and judge != 'gold': return RewardModel.load(outside(judge)), f'reward model {Path(judge).name}'
     if r.world.name: return the_world(r).gold, f'gold reward of the {r.world.name} world'
     return RewardModel.load(run/'judge'), 'reward model trained on the half of the training prompts that no policy saw'
 

@@ -16,7 +16,7 @@ from .recipe import full_options, make_recipe, one_sentence, parts_apart, recipe
 from .checks import check, local, recipe_tokenizer
 from .report import gaps_report
 from .runs import Stage, Work, run_table
-from .prepare import LENGTHS, base_model, fit_reward, fitting_pairs, source_stamp, write_split
+from .prepare import LENGTHS, base_model, fit_reward, fitting_pairs, outside, source_hashes, write_split
 
 # %% ../nbs/42_scoring.ipynb #20b78d92
 def is_classifier(name: str) -> bool:
@@ -93,7 +93,7 @@ def score(work: Work, ds):
     "Pairs with their gaps, from the finished reward model or from models that did not see them"
     from mpo_nb.gap import add_gaps, crossfit_gaps
     from mpo_nb.reward import RewardModel
-    if work.r.reward.name: return add_gaps(ds, RewardModel.load(local(work.r.reward.name)), cache=True)
+    if work.r.reward.name: return add_gaps(ds, RewardModel.load(outside(work.r.reward.name)), cache=True)
     fit = lambda pairs, fold: fit_reward(work, base_model(work.r), pairs, fold)[0]
     return crossfit_gaps(ds, fit, work.r.gap.folds, work.seed)
 
@@ -118,7 +118,7 @@ def stage_page(work: Work):
 # %% ../nbs/42_scoring.ipynb #8d6966bc
 GAP_STAGES = (
     Stage('score', stage_score, 12, keys=('data', 'model', 'reward', 'gap', *LENGTHS), writes=('gaps.parquet',),
-          own=source_stamp, parallel=True),
+          sources=lambda r: source_hashes(r, 'data.source', 'model.name', 'reward.name'), parallel=True),
     Stage('report', stage_page, 11, reads=('score',), writes=('report.html',)))
 
 # %% ../nbs/42_scoring.ipynb #03dfde0d
@@ -126,7 +126,8 @@ def score_gaps(
     recipe: Recipe,          # From `gaps_recipe`
     progress: str = 'auto',  # bar, lines, off, or auto
     file=None,               # Where progress goes; None: stderr
+    redo=(),                 # Stages to make again, with all that reads them
 ) -> Path:                   # The folder
     "Score and split preference pairs and write gaps.parquet and report.html"
     check(recipe)
-    return run_table(recipe, {s.name: s for s in GAP_STAGES}, progress, file)
+    return run_table(recipe, {s.name: s for s in GAP_STAGES}, progress, file, redo=redo)

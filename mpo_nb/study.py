@@ -18,13 +18,15 @@ import yaml
 
 from .core import UserError, read_json, replacing, write_json
 from .report import drawn
-from .runs import differing_keys, finished, stage_key, stage_record
+from .records import check_files, stage_record
+from .runs import differing_keys, finished, stage_key
 from .pipeline import stages
 from .cells import Study, cell_folder, cell_recipe, one_nested, run_cells, study_cells
 
 # %% ../nbs/44_study.ipynb #509456f4
 def run_rows(study: Study, variant: str, seed: int, run: Path) -> list:
-    "The policies of a finished run"
+    "The policies of a finished run; `UserError` where its results are not what was written"
+    check_files(run, ['eval', 'report'], but=('report.html',))
     e, recipe = read_json(run/'evaluation.json'), yaml.safe_load((run/'recipe.yaml').read_text(encoding='utf-8'))
     wins = {w['a']: w['win_rate'] for w in e['win_rates'] if w['b'] == study.base}
     wins |= {w['b']: 1 - w['win_rate'] for w in e['win_rates'] if w['a'] == study.base}
@@ -50,17 +52,17 @@ def sample_means(run: Path):
     return means.rename(columns=dict(score='reward'))[['reward', 'distinct_2']]
 
 # %% ../nbs/44_study.ipynb #1627fbf1
-def finished_cells(study: Study, seeds: list, folder: Path) -> list: # [(variant, seed, run folder)]
-    "The cells that have been evaluated"
+def finished_cells(study: Study, seeds: list, folder: Path, failed=()) -> list: # [(variant, seed, run folder)]
+    "The cells that have been evaluated, without those that failed now: they may be older than the study, or damaged"
     cells = [(v, s, cell_folder(folder, v, s)) for v, s in study_cells(study, seeds)]
-    return [cell for cell in cells if (cell[2]/'evaluation.json').is_file()]
+    return [cell for cell in cells if cell[:2] not in failed and (cell[2]/'evaluation.json').is_file()]
 
 # %% ../nbs/44_study.ipynb #0e737879
-def study_table(study: Study, seeds: list, folder: Path):
+def study_table(study: Study, seeds: list, folder: Path, failed=()): # failed: cells that are left out
     "Finished cells: seed, variant, policy, score, se, kl, length, win_rate, seconds, reward, distinct_2"
     import pandas as pd
     parts = [pd.DataFrame(run_rows(study, v, s, run)).join(sample_means(run), on='policy')
-             for v, s, run in finished_cells(study, seeds, folder)]
+             for v, s, run in finished_cells(study, seeds, folder, failed)]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 # %% ../nbs/44_study.ipynb #1eca4bef
@@ -68,11 +70,11 @@ STEP_COLUMNS = {k.split('/')[-1]: k for k in ('objective/score', 'objective/gold
                                               'policy/clipfrac', 'policy/approxkl')}
 
 # %% ../nbs/44_study.ipynb #bef5e1cd
-def ppo_steps(study: Study, seeds: list, folder: Path):
+def ppo_steps(study: Study, seeds: list, folder: Path, failed=()): # failed: cells that are left out
     "A row for each rollout of each PPO policy: seed, variant, policy, step, and the columns of `STEP_COLUMNS`"
     import pandas as pd
     rows = []
-    for v, s, run in finished_cells(study, seeds, folder):
+    for v, s, run in finished_cells(study, seeds, folder, failed):
         for name in read_json(run/'evaluation.json')['policies']:
             log = [entry for entry in read_json(run/name/'log.json') if 'objective/score' in entry]
             rows += [dict(seed=s, variant=v, policy=name, step=i + 1) | {c: x.get(k) for c, k in STEP_COLUMNS.items()}
@@ -284,20 +286,20 @@ def settings_hash(study: Study) -> str:
     return hashlib.sha256(json.dumps(what_is_asked(study), sort_keys=True).encode()).hexdigest()[:16]
 
 # %% ../nbs/44_study.ipynb #f4046bc8
-def what_was_run(study: Study, seeds: list, folder: Path) -> dict:
+def what_was_run(study: Study, seeds: list, folder: Path, failed=()) -> dict: # failed: cells that are left out
     "What stands in `study.parquet` beside the numbers: name, settings and their hash, seeds, versions and machine"
-    first = next(run for _, _, run in finished_cells(study, seeds, folder))
+    first = next(run for _, _, run in finished_cells(study, seeds, folder, failed))
     environment = {k: v for k, v in read_json(first/'environment.json').items() if k != 'seed'}
     return dict(study=study.name, hash=settings_hash(study), seeds=[*seeds], environment=environment)
 
 # %% ../nbs/44_study.ipynb #601bdf64
 def write_study(study: Study, seeds: list, folder: Path, failed: dict):
     "`study.parquet`, `steps.parquet` and `index.html` from the cells that are there"
-    df = study_table(study, seeds, folder)
+    df = study_table(study, seeds, folder, failed)
     if not len(df):
         raise UserError(f'no cell of the study is finished: {next(iter(failed.values()), "nothing was run")}')
-    told = what_was_run(study, seeds, folder)
-    for name, table in dict(study=df, steps=ppo_steps(study, seeds, folder)).items():
+    told = what_was_run(study, seeds, folder, failed)
+    for name, table in dict(study=df, steps=ppo_steps(study, seeds, folder, failed)).items():
         table.attrs = told
         with replacing(Path(folder)/f'{name}.parquet') as tmp: table.to_parquet(tmp, index=False)
     page = study_page(study, seeds, folder, df, failed)

@@ -118,16 +118,17 @@ class Handler(BaseHTTPRequestHandler):
 
     def f_prose(self, question, body, label): self.chat('not A')
 
-    def chat(self, content, finish='stop'):
-        self.send(json.dumps(dict(id='1', object='chat.completion', created=0, model='served-model',
+    def chat(self, content, finish='stop', model='served-model'):
+        self.send(json.dumps(dict(id='1', object='chat.completion', created=0, model=model,
                                   usage=dict(prompt_tokens=100, completion_tokens=10, total_tokens=110),
                                   choices=[dict(index=0, finish_reason=finish,
                                                 message=dict(role='assistant', content=content))])), 200)
 
     def error(self, status, message, **kw): self.send(json.dumps(dict(error=dict(message=message, **kw))), status)
 
-    def send(self, text, status):
-        data = text.encode()
+    def send(self, text, status): self.send_bytes(text.encode(), status)
+
+    def send_bytes(self, data, status):
         with self.server.lock: self.server.replies[status] += 1
         self.send_response(status)
         self.send_header('Content-Type', 'application/json')

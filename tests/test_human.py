@@ -273,6 +273,15 @@ def test_messages_that_are_no_votes_are_ignored(tmp_path):
 
 # ---- spreadsheets
 
+@pytest.mark.parametrize('text', ['=1+1', '  =1', '＝1+1', '＋1', '－1', '＠x', '\ufeff=1', '\u200b\xa0=1', '\u3000＝1', '\t=1'])
+def test_what_starts_a_formula_is_quoted_and_comes_back(text):
+    "Full width, behind a byte order mark or blanks that nobody sees [fails when only plain ASCII signs are looked for]"
+    from mpo_nb.human import _inert
+    from mpo_nb.results import _bare
+    assert _inert(text) == "'" + text and _bare(_inert(text)) == text.strip()
+    assert _inert('a' + text) == 'a' + text
+
+
 def test_csv_is_blind_inert_and_comes_back(tmp_path):
     rows = pairs().assign(a=lambda d: d.a.where(d.id != 'q2', NASTY),
                           prompt=lambda d: d.prompt.where(d.id != 'q3', '=1+1'))

@@ -86,7 +86,7 @@ def stormy(tmp_path_factory):
             first = judge(server, answers=path, concurrency=6, timeout=6.)
             out = first(rows)
             after_first = len(server.requests)
-            lines = path.read_text().splitlines()
+            lines = [l for l in path.read_text().splitlines() if json.loads(l)['label'] != 'unreadable']
             server.faults = {}
             second = judge(server, answers=path)
             again = second(rows)
@@ -538,6 +538,106 @@ def test_the_key_goes_to_the_server_and_nowhere_else(tmp_path, capsys, caplog):
         if f.is_file(): assert KEY.encode() not in f.read_bytes(), f
     shown = capsys.readouterr()
     assert KEY not in shown.out + shown.err + caplog.text + repr(failed)
+
+
+def test_a_key_that_a_reply_echoes_is_stored_nowhere(tmp_path, capsys):
+    """In the reason, in the model's name, as a key of the JSON, percent-encoded and in base64 [fails when the answer is
+    stored as it is, and when only the key's own letters are looked for]"""
+    import base64
+    forms = KEY, KEY.upper(), KEY.replace('-', '%2D'), base64.b64encode(KEY.encode()).decode()
+    said = [json.dumps(dict(reason=f'{f} is the key', verdict='tie')) for f in forms]
+    said += [json.dumps({KEY: 1}), f'{KEY}\n[[tie]]']
+    def echo(h, question, body, label): h.chat(said[question[0]], model=f'model-{KEY}')
+    rows, out = rows_of(len(said)), tmp_path/'out'
+    rows.melt(['id', 'prompt'], ['a', 'b'], 'policy',
+              'completion').drop(columns='id').to_json(tmp_path/'c.jsonl', orient='records', lines=True)
+    with serving(echo, range(len(said))) as server:
+        with pytest.warns(UserWarning, match='1 of 6 rows failed'):
+            call('judge', [str(tmp_path/'c.jsonl'), '--model', 'm', '--base-url', server.url, '--output-dir', str(out)])
+    shown = capsys.readouterr()
+    texts = [f.read_bytes().decode('utf-8', 'replace') for f in out.rglob('*') if f.is_file()] + [shown.out, shown.err]
+    assert len(texts) > 5 and 'is the key' in texts[0] + ''.join(texts)
+    for text in texts: assert not [f for f in forms if f.lower() in text.lower()]
+
+
+@pytest.mark.parametrize('value', [f' {KEY}\n', f'{KEY}é', f'{KEY} x', KEY + '\0'])
+def test_a_key_that_is_none(value):
+    "A line break at its end is no part of it; what no key can hold is said at once [fails when it is taken as it is]"
+    with pytest.MonkeyPatch.context() as mp:
+        mp.setattr(os, 'environ', {**os.environ, 'OPENAI_API_KEY': value})
+        if value.strip() == KEY:
+            with Server() as server:
+                assert judge(server)(rows_of(3)).verdict.tolist() == truth(rows_of(3))
+                assert {auth for _, _, auth in server.requests} == {f'Bearer {KEY}'}
+        else:
+            with pytest.raises(UserError, match='no key has') as e: LLMJudge('m', base_url='http://x/v1').client
+            assert KEY not in str(e.value)
+
+
+# ---- odd replies
+
+def serving(answer, rows):
+    "A server that answers these rows by `answer(handler, question, body, label)`"
+    server = Server({i: ['odd', '...'] for i in rows})
+    server.RequestHandlerClass = type('Odd', (judge_server.Handler,), dict(f_odd=answer))
+    return server
+
+GOOD = dict(index=0, finish_reason='stop', message=dict(role='assistant', content='x\n[[A]]'))
+ODD = [dict(choices=[{}]), dict(choices='abc'), dict(choices={'a': 1}), dict(choices=['x']), dict(choices=None),
+       *(dict(choices=[GOOD | dict(message=m)]) for m in (None, 'text', dict(content=['[[A]]']), dict(content=5),
+                                                           dict(content={'a': 1}), dict(content=None, refusal=5))),
+       '[' * 200_000, '[]', '5', '', '\udcff', '{"created": ' + '9'*5000 + '}']
+ODD_COUNTS = ['many', [1], dict(prompt_tokens='5', completion_tokens='7'), dict(prompt_tokens=-5, completion_tokens=1.5),
+              dict(prompt_tokens=10**400, completion_tokens=None)]
+
+def test_odd_replies_are_no_verdict_and_stop_nobody_else(tmp_path):
+    """Every one fails, with its reason and without an exception; a reply that came is kept as unreadable, and its
+    question is asked again by the next run; odd counts of tokens don't matter
+    [fails without each of the checks in `_content` and `tokens_of`, and when an unreadable reply counts as an answer]"""
+    n, odd = len(ODD) + len(ODD_COUNTS) + 3, len(ODD)
+    def answer(h, question, body, label):
+        if question[0] >= odd: return h.send(json.dumps(whole(usage=ODD_COUNTS[question[0] - odd])), 200)
+        said = ODD[question[0]]
+        h.send_bytes((json.dumps(whole(**said)) if isinstance(said, dict) else said).encode('utf-8', 'surrogateescape'), 200)
+    whole = lambda **kw: dict(id='1', object='chat.completion', created=0, model='m', choices=[GOOD]) | kw
+    rows, path = rows_of(n), tmp_path/'answers.jsonl'
+    with serving(answer, range(n - 3)) as server:
+        verdicts = judge(server, answers=path, retries=0, give_up=10**6)(rows)
+    assert (verdicts.verdict[:odd] == 'failed').all() and verdicts.reason[:odd].str.contains('three replies').all()
+    assert (verdicts.verdict[odd:n - 3] == 'tie').all() and verdicts.verdict[n - 3:].tolist() == truth(rows)[n - 3:]
+    verdicts.to_parquet(tmp_path/'v.parquet')
+    kept = [json.loads(line)['label'] for line in path.read_text().splitlines()]
+    assert kept.count('unreadable') >= 2*3*10 and len(read_answers(path)) == 2*(n - odd)
+    with Server() as well:
+        well.url = server.url   # the key of an answer holds the address
+        assert judge(well, answers=path).estimate(rows)['to_ask'] == 2*odd
+
+def test_half_a_character_in_a_reply(tmp_path):
+    "The verdict counts, and the reason can be written to any file [fails when it goes into the table as it is]"
+    said = '{"reason": "x \\ud800 y", "verdict": "tie"}'
+    with serving(lambda h, *_: h.chat(json.loads(json.dumps(said))), [0]) as server:
+        verdicts = judge(server, answers=tmp_path/'a.jsonl')(rows_of(1))
+        again = judge(server, answers=tmp_path/'a.jsonl')(rows_of(1))
+    assert verdicts.verdict[0] == 'tie' and '\\ud800' in verdicts.reason[0] and verdicts.equals(again)
+    verdicts.to_parquet(tmp_path/'v.parquet')
+
+@pytest.mark.parametrize('column', ['prompt', 'completion', 'policy'])
+def test_half_a_character_in_a_file_is_named(tmp_path, column):
+    from mpo_nb.results import read_completions
+    row = dict(prompt='p', completion='c', policy='a')
+    (tmp_path/'c.jsonl').write_text('\n'.join(json.dumps(r) for r in (row, row | {column: 'x\ud83d', 'prompt_id': 1})))
+    with pytest.raises(UserError, match=f'row 2: {column} holds half a character'): read_completions(tmp_path/'c.jsonl')
+
+def test_a_server_that_sends_a_byte_now_and_then():
+    "[fails when only the single read is bounded: never more than a tenth of a second]"
+    def drip(h, *_):
+        h.send_response(200); h.send_header('Content-Length', '1000'); h.end_headers()
+        for _ in range(50): h.wfile.write(b' '); h.wfile.flush(); time.sleep(.1)
+    with serving(drip, [0]) as server:
+        start = time.perf_counter()
+        verdicts = judge(server, timeout=.4, retries=0)(rows_of(2))
+        assert time.perf_counter() - start < 3
+    assert verdicts.verdict.tolist() == ['failed', truth(rows_of(2))[1]] and 'no whole reply' in verdicts.reason[0]
 
 
 def test_bad_settings_are_said():

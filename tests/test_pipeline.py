@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from mpo_nb.core import UserError
 from mpo_nb.keys import recipe_keys
 from mpo_nb.recipe import load_recipe, parse_recipe, recipes
 from mpo_nb.report import report
@@ -169,6 +170,79 @@ def test_finished_run_is_not_run_again(runs, tiny, capsys):
     assert 'mpo' in capsys.readouterr().out
     assert before == {p: p.stat().st_mtime_ns for p in before}
 
+# --- damaged, missing, added files: named before anything is computed (what the machinery does is in test_records)
+
+def cut(p): p.write_bytes(p.read_bytes()[:-9])
+
+DAMAGE = [('data', 'data/demonstrations.parquet', Path.unlink), ('reward', 'reward/reward.json', Path.unlink),
+          ('reward', 'reward/config.json', Path.unlink), ('sft', 'sft/model.safetensors', cut),
+          ('pairs', 'pairs/train.parquet', cut), ('gaps', 'gaps.parquet', cut), ('dpo_easy', 'dpo_easy/log.json', cut),
+          ('eval', 'completions.parquet', cut), ('report', 'evaluation.json', cut), ('report', 'report.html', cut),
+          ('mpo', 'mpo/critic/model.safetensors', Path.unlink),
+          ('sft', 'sft/adapter_config.json', lambda p: p.write_text('{}'))]
+
+def test_damage_is_named_by_every_command(runs, tiny, tmp_path, capsys):
+    """`mpo verify` for every file, `mpo run` for those that are missing, eval, compare and report for those they read
+    [fails for each file that a stage's record leaves out, and for each command without its check]"""
+    run = tmp_path/'run'
+    shutil.copytree(runs[0], run)
+    assert main(['verify', str(run)]) == 0 and capsys.readouterr().out.count('as it was written') == len(stages(
+        load_recipe(tiny)))
+    for stage, file, do in DAMAGE:
+        held = (run/file).read_bytes() if (run/file).exists() else None
+        do(run/file)
+        if do is Path.unlink:
+            fails(capsys, tiny, '--output_dir', run, says=[f'{run}: {file} is missing', f'`--redo {stage}`'])
+        assert main(['verify', str(run)]) == 1 and f'{stage}: {run}: {file} ' in capsys.readouterr().out
+        for command, *others in (('eval', '--output_dir', tmp_path/'e'), ('compare', runs[1]), ('report',)):
+            reads = dict(eval=stage == 'eval', compare=stage == 'eval' or file == 'evaluation.json',
+                         report=file != 'report.html')[command]
+            if reads: fails(capsys, run, *others, says=file, command=command)
+        (run/file).unlink() if held is None else (run/file).write_bytes(held)
+    assert main(['verify', str(run)]) == 0
+
+def test_a_page_written_again_is_whole(runs, tmp_path, capsys):
+    "`mpo report` mends a damaged page, and the record knows the new one [fails when the record isn't updated]"
+    run = tmp_path/'run'
+    shutil.copytree(runs[0], run)
+    (run/'report.html').write_text('')
+    assert main(['report', str(run)]) == 0 == main(['verify', str(run)])
+
+def test_redo_gives_the_same_numbers(runs, tiny, tmp_path):
+    "From a damaged policy; nothing that doesn't read it is made again"
+    run = tmp_path/'run'
+    shutil.copytree(runs[0], run)
+    cut(run/'dpo'/'model.safetensors')
+    held = {p: p.stat().st_mtime_ns for n in ('sft', 'reward', 'dpo_easy', 'mpo') for p in (run/n).iterdir()}
+    assert main(['run', tiny, '--output_dir', str(run), '--redo', 'dpo']) == 0
+    assert without_seconds(run) == without_seconds(runs[0])
+    assert held == {p: p.stat().st_mtime_ns for p in held}
+
+def test_missing_demonstrations_are_no_reason_to_skip_sft(tmp_path, tiny):
+    "[fails when the file's being there decides]"
+    from mpo_nb.prepare import demonstrations_of
+    from mpo_nb.records import write_record
+    from mpo_nb.runs import Work
+    work = Work(load_recipe(tiny), tmp_path, None, None, None)
+    write_record(tmp_path, 'data', tmp_path/'data', (), dict(metrics=dict(demonstrations=300)))
+    with pytest.raises(UserError, match='demonstrations.parquet is missing'): demonstrations_of(work)
+    write_record(tmp_path, 'data', tmp_path/'data', (), dict(metrics=dict(demonstrations=0)))
+    assert demonstrations_of(work) is None
+
+def test_a_full_disk_is_one_sentence(tmp_path, tiny, capsys, monkeypatch):
+    "Inside a stage, where torch, safetensors and Python say it each in their own way, and outside of all stages"
+    from safetensors import SafetensorError
+    said = [OSError(28, 'No space left on device', 'x'), SafetensorError('I/O error: No space left on device'),
+            RuntimeError('PytorchStreamWriter failed writing file data/0: file write failed')]
+    for e in said:
+        def full(*_, e=e): raise e
+        monkeypatch.setattr('mpo_nb.runs.write_record', full)
+        assert main(['run', tiny, '--output_dir', str(tmp_path/'run')]) == 2
+        assert 'mpo: stage data: ' in (err := capsys.readouterr().err) and 'Traceback' not in err
+    def full(*_): raise OSError(28, 'No space left on device', 'recipe.yaml')
+    monkeypatch.setattr('mpo_nb.runs.claim', full)
+    fails(capsys, tiny, '--output_dir', tmp_path/'run', says='recipe.yaml: no space left on device; make room')
+
 # --- errors: exit code 2, one sentence on stderr, no traceback, nothing written
 
 def fails(capsys, *argv, says, command='run'):
@@ -198,6 +272,9 @@ def test_two_runs_in_one_folder(tmp_path, tiny, capsys):
 @pytest.mark.parametrize('argv, says', [
     (['toy', '--dpo.betta', '1'], 'unknown key `dpo.betta`; did you mean `dpo.beta`?'),
     (['toy', '--sft.args.learning_rat', '1'], '`sft.args.learning_rat`'),
+    (['toy', '--sft.args.hub_token', 'hf_abc'], '`sft.args.hub_token` is a secret'),
+    (['toy', '--policies.mpo.args', '{push_to_hub_token: hf_abc}'], '`policies.mpo.args.push_to_hub_token` is a secret'),
+    (['toy', '--dpo.args.resume_from_checkpoint', 'x'], '`dpo.args.resume_from_checkpoint` is decided by the run'),
     (['toy', '--dpo.lr_scheduler_type', 'steep'], '`dpo`'),
     (['toy', '--ppo.num_ppo_epochs', '0'], '`ppo.num_ppo_epochs` is 0'),
     (['toy', '--dpo.loss_type', 'hing'], 'hing'),

@@ -13,6 +13,7 @@ import math
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -327,6 +328,33 @@ def test_item15_the_penalty_is_taken_once_where_eos_is_missing(pad_eos, tok):
         s = sample(model, tok, prompts, 3)
         assert tok.eos_token_id in s.prompt_ids[2]
         assert checked_scores(lambda p, c: [1., 2., 3.], s, 2.5).tolist() == [1 - penalty, 2 - penalty, 3 - penalty]
+
+
+@pytest.mark.parametrize('given, says', [
+    (None, 'returned NoneType None'), ('good', 'returned str'), (dict(score=1), 'returned dict'),
+    (iter([1, 2]), 'iterator'), ([1j, 1, 1], 'returned list'), ([1, 10**400], 'returned list'), (['a', 'b'], 'returned list'),
+    ([None, None], 'returned list'), ([[1.], [2.]], r'shape \(2, 1\) for 2'), (torch.tensor([1j, 2]), 'returned Tensor'),
+    (np.array([1j, 2]), 'returned ndarray'),
+    ([1., 1e30], 'completion 1 is 1e'), ([1., -1e13], 'completion 1 is -1'), ([1., math.nan], 'completion 1 is nan')])
+def test_a_reward_that_is_no_number_is_one_sentence(given, says):
+    "[fails when the tensor is made without a word, and when every finite number is good enough]"
+    two = Samples(['p', 'q'], ['x', 'y'], [[1], [1]], [[2], [2]], [True, True])
+    with pytest.raises(UserError, match=says) as e: checked_scores(lambda p, c: given, two, 0.)
+    assert '\n' not in str(e.value)
+    assert checked_scores(lambda p, c: [1, 1e9], two, 0.).tolist() == [1, 1e9]
+
+
+@pytest.mark.parametrize('file, do', [('config.json', 'unlink'), ('critic/config.json', 'unlink'),
+                                      ('model.safetensors', 'cut'), ('critic/model.safetensors', 'unlink'),
+                                      ('reference/config.json', 'unlink')])
+def test_a_checkpoint_that_is_not_whole_is_one_sentence(file, do, straight, tmp_path):
+    """[fails without the look at config.json: transformers makes a model of its default size, and no end comes; and when
+    a library's own error passes]"""
+    shutil.copytree(straight[0]/'checkpoint-4', tmp_path/'checkpoint-4')
+    path = tmp_path/'checkpoint-4'/file
+    path.unlink() if do == 'unlink' else path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match='go on from an earlier one') as e: little_run(tmp_path, tmp_path/'checkpoint-4')
+    assert '\n' not in str(e.value)
 
 
 def test_item15_the_penalty_reaches_the_reward_once(tmp_path):
