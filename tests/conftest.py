@@ -1,4 +1,5 @@
 "Settings of every test: offline, quiet, one thread; and the fixtures that several files use."
+import gc
 import os
 
 os.environ.update(HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false', HF_HUB_DISABLE_PROGRESS_BARS='1',
@@ -9,6 +10,11 @@ import torch
 
 # models of 10,000 weights gain nothing from a second thread, and wait for it where the other core is busy
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish(session):
+    "Every training run collects garbage, 0.2 s each time: what was imported needn't be searched"
+    gc.freeze()
 
 
 @pytest.fixture(scope='session')
