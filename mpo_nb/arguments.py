@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['model_from', 'tokenizer_for', 'common_start', 'with_prompts', 'taken', 'each', 'model_card']
 
-# %% ../nbs/11b_arguments.ipynb #8dc3efe1
+# %% ../nbs/11b_arguments.ipynb #990a8375
 from itertools import islice
 from pathlib import Path
 
@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import mpo_nb
 from .core import UserError
 from .logprobs import check_tokenizer
+from .training import quiet
 
-# %% ../nbs/11b_arguments.ipynb #bd5f4d2a
+# %% ../nbs/11b_arguments.ipynb #f415abdd
 def model_from(
     model,                       # A model, or the id or folder of one
     init_kwargs: dict = None,    # Keywords of `from_pretrained` for a model given by name
@@ -32,7 +33,9 @@ def model_from(
                         f'pass its id or folder instead, or leave that out')
     if kw.pop('trust_remote_code', False):
         raise UserError('trust_remote_code: code that comes with a model is never run; leave it out')
-    try: return AutoModelForCausalLM.from_pretrained(model, **dict(dtype=torch.float32, use_safetensors=True) | kw)
+    kw = dict(dtype=torch.float32, use_safetensors=True) | kw
+    try:
+        with quiet(): return AutoModelForCausalLM.from_pretrained(model, **kw)
     except (OSError, ValueError) as e:
         why = str(e).splitlines()[0]
         raise UserError(f'model {str(model)!r} could not be loaded as a causal language model: {why}') from e

@@ -346,8 +346,8 @@ def compute_loss(self: DPOTrainer, model, inputs, return_outputs=False, num_item
     policy, more = self._policy_logps(model, inputs)
     ref = [inputs[f'ref_{k}'].float() for k in ('chosen', 'rejected')]
     lengths = [inputs[f'{k}_mask'].sum(1) for k in ('chosen', 'rejected')]
-    losses = self.objective(PairLogps(*policy, *ref, lengths, **more))
-    rewards = [self.args.beta * (p - r).detach() for p, r in zip(policy, ref)]
+    pairs = PairLogps(*policy, *ref, lengths, **more)
+    losses, rewards = self.objective(pairs), [self.args.beta * h.detach() for h in pairs.ratios]
     self._note(policy, ref, rewards)
     # gradients are averaged over processes: times their number, the sum over all pairs divided by their count
     loss = (losses.mean() if num_items_in_batch is None

@@ -7,11 +7,11 @@ __all__ = ['LOSSES', 'DIVERGENCES', 'PairLogps', 'sigmoid_loss', 'robust_loss', 
            'discopop_loss', 'bco_loss', 'nca_loss', 'sppo_loss', 'apo_zero_loss', 'apo_down_loss', 'sft_loss', 'Loss',
            'loss_options', 'Objective', 'alpha_score', 'dpo_loss', 'length_desensitized', 'wpo_weights']
 
-# %% ../nbs/15b_losses.ipynb #12ee10e3
+# %% ../nbs/15b_losses.ipynb #e0bf7e60
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, cached_property
 from inspect import signature
 
 import torch
@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from .core import UserError
 from .logprobs import masked_mean
 
-# %% ../nbs/15b_losses.ipynb #e8c905df
+# %% ../nbs/15b_losses.ipynb #0281d145
 @dataclass
 class PairLogps:
     "Log-probs of B pairs in nats, summed over the tokens of a completion"
@@ -33,26 +33,27 @@ class PairLogps:
     weights: torch.Tensor = None     # [B] factors of the losses (WPO, below)
     likelihood: torch.Tensor = None  # [B] log π(y_w|x), where `chosen` isn't the plain sum (LD-DPO, below)
 
+    @cached_property
     def ratios(self): return self.chosen - self.ref_chosen, self.rejected - self.ref_rejected
 
-# %% ../nbs/15b_losses.ipynb #933c2374
+# %% ../nbs/15b_losses.ipynb #0bda44f9
 def _rewards(p, o):
     "rewards a, b"
-    return [o.beta * h for h in p.ratios()]
+    return [o.beta * h for h in p.ratios]
 
 def _margin(p, o):
     "margin m"
-    w, l = (o.score(h) for h in p.ratios())
+    w, l = (o.score(h) for h in p.ratios)
     return [o.beta * (w - l)]
 
-# %% ../nbs/15b_losses.ipynb #e6e7b8eb
+# %% ../nbs/15b_losses.ipynb #473ce504
 def _lengths(p):
     if p.lengths is None: raise UserError('a loss per token needs lengths=(tokens of chosen, tokens of rejected)')
     return p.lengths
 
 def _token_margin(p, o):
     "margin per token"
-    w, l = (o.score(h) / n for h, n in zip(p.ratios(), _lengths(p)))
+    w, l = (o.score(h) / n for h, n in zip(p.ratios, _lengths(p)))
     return [o.beta * (w - l)]
 
 # %% ../nbs/15b_losses.ipynb #e670082f
@@ -181,7 +182,7 @@ class Objective:
 
     def __post_init__(self): self.check()
 
-# %% ../nbs/15b_losses.ipynb #ea73a493
+# %% ../nbs/15b_losses.ipynb #ffe019f4
 @patch
 def terms(self: Objective):
     "(name, weight) of each loss"
@@ -193,11 +194,12 @@ def terms(self: Objective):
 @patch
 def __call__(self: Objective, p: PairLogps):
     "Loss of each pair, [B]"
-    total = 0
+    parts = []
     for name, weight in self.terms():
         loss = LOSSES[name]
         losses = loss.f(*loss.sees(p, self), **{k: getattr(self, k) for k in loss_options(name)})
-        total = total + (losses if weight == 1 else weight * losses)
+        parts.append(losses if weight == 1 else weight * losses)
+    total = sum(parts[1:], parts[0])
     return total if p.weights is None else p.weights * total
 
 # %% ../nbs/15b_losses.ipynb #ae941d5d

@@ -111,8 +111,8 @@ def test_a_tokenizer_without_pad(pad, want, args):
 
 # ---- the data
 
-TEMPLATE = (r"{% if tools %}{% for t in tools %}{{ t.name }}{% endfor %}{% endif %}{% if loud %}{{ ' cats' }}{% endif %}"
-            r"{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}")
+TEMPLATE = (r"{% for t in tools or [] %}{{ t.name }}{% endfor %}{% if loud %}{{ ' cats' }}{% endif %}"
+            r"{% for m in messages %}{{ m.content }}{{ eos_token if m.role == 'assistant' else '' }}{% endfor %}")
 
 def text_pairs(): return toy_pairs(4)
 def whole_texts():
@@ -247,7 +247,8 @@ def test_compute_metrics_sees_the_rewards(tmp_path):
     t = dpo_trainer(tmp_path, policy, ref, trainer=dict(eval_dataset=toy_pairs(5), compute_metrics=metrics),
                     per_device_eval_batch_size=2)
     got = t.evaluate()
-    with torch.no_grad(): (pc, pr), (rc, rr) = by_hand(policy, encoded(toy_pairs(5))), by_hand(ref, encoded(toy_pairs(5)))
+    rows = encoded(toy_pairs(5))
+    with torch.no_grad(): (pc, pr), (rc, rr) = by_hand(policy, rows), by_hand(ref, rows)
     want = np.stack([.1 * (pc - rc), .1 * (pr - rr)], 1)
     order = lambda x: x[np.lexsort(x.T)]
     np.testing.assert_allclose(order(seen[0]), order(want), atol=1e-4)
@@ -268,7 +269,7 @@ def test_tags_and_card(folder, args):
     t.create_model_card('named', tags='mine')
     card = open(f'{t.args.output_dir}/README.md', encoding='utf-8').read()
     assert {'mpo_nb', 'dpo'} <= set(t.model.model_tags)
-    for said in ('# named', '- mpo_nb', '- dpo', '- mine', '| `beta` | 0.25 |', 'sft', '8 rows', 'arxiv.org/abs/2305.18290'):
+    for said in ('# named', '- mpo_nb', '- dpo', '- mine', '| `beta` | 0.25 |', 'sft', '8 rows', 'arXiv 2305.18290'):
         assert said in card, said
 
 
@@ -297,7 +298,8 @@ def test_peft_in_every_form(kind, how, tmp_path):
     own, by hand [fails when the base is trained, and when the reference is another]"""
     from peft import get_peft_model
     base = tiny(seed=1)
-    model, extra = (base, dict(peft_config=PEFTS[kind]())) if how == 'config' else (get_peft_model(base, PEFTS[kind]()), {})
+    config = PEFTS[kind]()
+    model, extra = (base, dict(peft_config=config)) if how == 'config' else (get_peft_model(base, config), {})
     before = tiny(seed=1).state_dict()
     t = dpo_trainer(tmp_path, model, trainer=extra, learning_rate=.5, max_steps=2)
     with torch.no_grad(): want = by_hand(tiny(seed=1), encoded())[0]
@@ -409,7 +411,8 @@ def test_reference_free(tmp_path):
     t = dpo_trainer(tmp_path, policy, reference_free=True, learning_rate=0.)
     t.train()
     with torch.no_grad(): pc, pr = by_hand(policy, encoded())
-    assert logged(t, 'loss')[0] == pytest.approx(-torch.nn.functional.logsigmoid(.1 * (pc - pr)).mean().item(), abs=1e-4)
+    want = -torch.nn.functional.logsigmoid(.1 * (pc - pr)).mean().item()
+    assert logged(t, 'loss')[0] == pytest.approx(want, abs=1e-4)
 
 
 @pytest.mark.parametrize('size', [2, 5])
