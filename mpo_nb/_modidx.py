@@ -226,6 +226,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'mpo_nb.dpo.DPOTrainer._note': ('dpo.html#dpotrainer._note', 'mpo_nb/dpo.py'),
                             'mpo_nb.dpo.DPOTrainer._policy_logps': ('dpo.html#dpotrainer._policy_logps', 'mpo_nb/dpo.py'),
                             'mpo_nb.dpo.DPOTrainer._ready': ('dpo.html#dpotrainer._ready', 'mpo_nb/dpo.py'),
+                            'mpo_nb.dpo.DPOTrainer._reference_is_there': ('dpo.html#dpotrainer._reference_is_there', 'mpo_nb/dpo.py'),
                             'mpo_nb.dpo.DPOTrainer._reference_logps': ('dpo.html#dpotrainer._reference_logps', 'mpo_nb/dpo.py'),
                             'mpo_nb.dpo.DPOTrainer._set_reference': ('dpo.html#dpotrainer._set_reference', 'mpo_nb/dpo.py'),
                             'mpo_nb.dpo.DPOTrainer._with_reference': ('dpo.html#dpotrainer._with_reference', 'mpo_nb/dpo.py'),

@@ -136,11 +136,13 @@ def _from_stream(ds, a):
     return taken(ds, a.max_steps * a.train_batch_size * a.gradient_accumulation_steps * a.world_size)
 
 # %% ../nbs/16_dpo.ipynb #c33dcf8a
-def _check_models(model, ref_model):
+def _check_models(model, ref_model, args):
     "What can't be trained, or can't be a reference"
     if ref_model is model:
         raise UserError('ref_model is the model that is trained: leave it out, '
                         'the reference is then a snapshot of the model before training')
+    if ref_model is not None and args.reference_free:
+        raise UserError('reference_free compares with no model, and ref_model is one: leave one of them out')
     if getattr(model.config, 'is_encoder_decoder', False):
         raise UserError(f'{type(model).__name__} is an encoder-decoder: DPO here is for causal language models')
 
@@ -173,7 +175,7 @@ class DPOTrainer(Trainer):
         args = args or DPOConfig(f'{_name_of(model)}-DPO')
         init = dict(args.model_init_kwargs or {})
         model, ref_model = model_from(model, init, quantization_config), ref_model and model_from(ref_model)
-        _check_models(model, ref_model)
+        _check_models(model, ref_model, args)
         tok = tokenizer_for(model, processing_class, args.pad_token, init.get('revision'))
         self.metrics_seen, self.new_adapter, self.objective = Metrics(), peft_config is not None, args.objective()
         self.looks_inside = args.use_weighting or args.ld_alpha is not None
@@ -310,10 +312,17 @@ def get_eval_dataloader(self: DPOTrainer, eval_dataset=None):
 
 # %% ../nbs/16_dpo.ipynb #a18c0011
 @patch
+def _reference_is_there(self: DPOTrainer):
+    "Is the reference, after training, still what it was at the start?"
+    if self.new_adapter or self.args.reference_free: return True
+    moved = {p.data_ptr() for p in self.model.parameters() if p.requires_grad}
+    return not any(p.data_ptr() in moved for p in (self.ref_model or self.model).parameters())
+
+@patch
 def _ready(self: DPOTrainer, ds, name=None):
     "Evaluation pairs, encoded and with reference log-probs"
     if isinstance(ds, str) or 'ref_chosen' in (ds.column_names or []): return ds
-    if self.state.global_step and self.ref_model is None and not (self.new_adapter or self.args.reference_free):
+    if self.state.global_step and not self._reference_is_there():
         raise UserError('these pairs came after the trainer was made, and its model has been trained since: '
                         'there are no reference log-probs for them; pass them as eval_dataset to DPOTrainer')
     return self._with_reference(_encoded(taken(ds), self.processing_class, self.args, name or 'eval'))

@@ -68,6 +68,7 @@ def test_model_init_kwargs_reach_the_loader(kw, dtype, folder, args):
     (lambda f, a: dict(model=str(f/'nowhere'), args=a()), 'could not be loaded'),
     (lambda f, a: dict(model=str(f), args=a(model_init_kwargs=dict(trust_remote_code=True))), 'never run'),
     (lambda f, a: dict(model=str(f), args=a(pad_token='<nothing>')), 'not in the vocabulary'),
+    (lambda f, a: dict(model=str(f), args=a(reference_free=True), ref_model=tiny()), 'no model'),
     (lambda f, a: dict(model=str(f), args=a(), data_collator=list), 'data_collator')])
 def test_what_cannot_be_is_said(wrong, says, folder, args):
     "[fails when the check is left out]"
@@ -217,7 +218,7 @@ def test_evaluation_sets_may_be(how, late, tmp_path):
         assert logged(t, f'{name}_rewards/chosen')[-1] == pytest.approx(want.item(), abs=1e-4)
 
 
-@pytest.mark.parametrize('how', ['ref_model', 'peft_config', 'reference_free', 'nothing'])
+@pytest.mark.parametrize('how', ['ref_model', 'peft_config', 'reference_free', 'nothing', 'shared weights'])
 def test_a_new_evaluation_set_after_training(how, tmp_path):
     """With a reference that is still there: right; without: a sentence, never the trained policy as reference
     [fails when the check is left out]"""
@@ -225,10 +226,11 @@ def test_a_new_evaluation_set_after_training(how, tmp_path):
     start, ref, new = tiny(seed=1), tiny(seed=2), toy_pairs(3, seed=5)
     extra = dict(trainer=dict(peft_config=LoraConfig(r=2, task_type='CAUSAL_LM', target_modules=['q_proj']))
                  ) if how == 'peft_config' else dict(reference_free=True) if how == 'reference_free' else {}
-    t = dpo_trainer(tmp_path, copy.deepcopy(start), ref if how == 'ref_model' else None, learning_rate=.5, max_steps=3,
-                    **extra)
+    policy = copy.deepcopy(start)
+    given = {'ref_model': ref, 'shared weights': copy.copy(policy)}.get(how)
+    t = dpo_trainer(tmp_path, policy, given, learning_rate=.5, max_steps=3, **extra)
     t.train()
-    if how == 'nothing':
+    if how in ('nothing', 'shared weights'):
         with pytest.raises(UserError, match='trained since'): t.evaluate(new)
         return
     got = t.evaluate(new)['eval_loss']
