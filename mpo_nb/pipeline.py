@@ -110,7 +110,7 @@ def train_dpo_policy(work: Work, p: Policy, pairs):
     args = DPOConfig(**trainer_defaults(**arguments(work, p.keys) | p.keys['args']), **lengths(work.r))
     rows = pairs.select_columns(['prompt', 'chosen', 'rejected'])
     history = train_in_stage(work, p, lambda callbacks: DPOTrainer(
-        model, ref, args, rows, processing_class=tok, callbacks=callbacks)).state.log_history
+        model, ref, args, train_dataset=rows, processing_class=tok, callbacks=callbacks)).state.log_history
     save_policy(work, model, tok, history)
     return dict(pairs=len(pairs)) | last_logged(history, 'loss', 'rewards/accuracies')
 

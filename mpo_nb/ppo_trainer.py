@@ -22,9 +22,10 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import PrinterCallback
 
 from .core import replacing, UserError
-from .logprobs import check_tokenizer, kl_k1, masked_sum
+from .logprobs import kl_k1, masked_sum
 from .sampling import check_sampling, cut_at_stop, sample, Samples, seeded
 from .training import bare, check_processes, Metrics
+from .arguments import model_from, tokenizer_for
 from .actor_critic import by_length, evaluate_samples, ValueHead
 from mpo_nb.ppo import (
     checked_scores, estimate_advantages, Experience, kl_prices, minibatch, moments, outputs_of, ppo_loss, ppo_losses,
@@ -41,21 +42,23 @@ class PPOTrainer(Trainer):
     `PPOTrainer(model, ref_model, reward, value_model, args, train_dataset=prompts, processing_class=tok).train()`.
     With `peft_config` the `model` itself is frozen and is the reference; what is trained is `trainer.policy`"""
     def __init__(self,
-        model: PreTrainedModel,            # Policy to train
-        ref_model: PreTrainedModel = None, # Reference of the KL; by default a frozen copy of `model` as it is now
+        model,                             # Policy to train: a model, or the id or folder of one
+        ref_model=None,                    # The same for the reference of the KL; by default a frozen copy of `model`
         reward=None,                       # `RewardModel`, function of texts, or list of (weight, reward)
         value_model=None,                  # Start of the critic: `RewardModel` (copied) or a model with one label
         args: PPOConfig = None,
         train_dataset: Dataset = None,     # Column prompt: text or chats
         eval_dataset: Dataset = None,      # Column prompt
-        processing_class=None,             # Tokenizer
+        processing_class=None,             # Tokenizer; None: that of the place the model was loaded from
         callbacks: list = None,            # `TrainerCallback`s
         peft_config=None,                  # `peft.LoraConfig`: new adapters on policy and critic
         monitors: dict = None,             # name -> (prompts, completions) -> scores: logged as objective/name
         **kw,                              # optimizers, … of `Trainer`
     ):
         check_given(reward, args)
-        tok, self.reward, self.monitors = check_tokenizer(processing_class), combined_reward(reward), monitors or {}
+        model, ref_model = model_from(model), ref_model and model_from(ref_model)
+        tok = tokenizer_for(model, processing_class)
+        self.reward, self.monitors = combined_reward(reward), monitors or {}
         self.experience, self.rollout_index, self.kl_coef, self.metrics_seen = None, -1, args.kl_coef, Metrics()
         self.stopped, self.step_kl = False, 0.0     # of `target_kl`
         data = {k: usable_prompts(text_prompts(d, tok, k), tok, args.max_prompt_length, k)

@@ -28,6 +28,7 @@ from .logprobs import inference, load_model
 from .sampling import sample, seeded
 from .pairs import collate_pairs, packed_rows
 from .training import fitting_rows, quiet, train_sft, train_with_trl
+from .arguments import model_from, tokenizer_for, with_prompts
 
 # %% ../nbs/12_reward.ipynb #e961db92
 def bradley_terry_loss(
@@ -336,9 +337,10 @@ def _training_tokenizer(reward):
 
 # %% ../nbs/12_reward.ipynb #48e20b02
 def train_reward(
-    model,                        # Classifier with one label, trained in place; or a language model, left as it is
-    tok,                          # Its tokenizer
-    train,                        # Dataset with columns `prompt`, `chosen`, `rejected`
+    model,                        # Classifier with one label, trained in place; or a language model (a model, its id or
+                                  # folder), left as it is
+    tok,                          # Its tokenizer; None: that of the place the model was loaded from
+    train,                        # Dataset with columns `chosen`, `rejected`, `prompt` or not
     valid=None,                   # The same, for accuracy on held-out pairs
     output_dir=None,              # Folder for checkpoints, if `save_strategy` asks for any
     callbacks=None,               # `TrainerCallback`s
@@ -348,10 +350,13 @@ def train_reward(
 ):                                # (`RewardModel`, log history: list of dicts)
     "Bradley-Terry training with TRL's `RewardTrainer`"
     from trl import RewardConfig, RewardTrainer
+    model = model_from(model)
+    tok = tokenizer_for(model, tok)
     if not type(model).__name__.endswith('ForSequenceClassification'):
         model = reward_model_from(model, tok, kw.get('seed', 0))
     reward = RewardModel(model, tok)
-    train, valid = [None if d is None else tokenize_pairs(reward, d, max_length)[0] for d in (train, valid)]
+    train, valid = [None if d is None else tokenize_pairs(reward, with_prompts(d), max_length)[0]
+                    for d in (train, valid)]
     # else `length` is gone before the sampler wants it
     kw = dict(remove_unused_columns=False) | kw | dict(max_length=max_length)
     trainer = train_with_trl(RewardTrainer, RewardConfig, 'reward', model, _training_tokenizer(reward), train, valid,
@@ -360,7 +365,8 @@ def train_reward(
     return RewardModel(model, tok), trainer.state.log_history
 
 # %% ../nbs/12_reward.ipynb #19fd0839
-MADE_BY = 'core', 'data', 'worlds', 'logprobs', 'sampling', 'pairs', 'training', 'reward'   # modules up to this one
+# modules up to this one
+MADE_BY = 'core', 'data', 'worlds', 'logprobs', 'sampling', 'pairs', 'training', 'arguments', 'reward'
 
 def _cache_folder(what, arguments):
     "Folder for a result that depends on `arguments`, on the modules up to this one, and on the libraries"

@@ -19,7 +19,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, MistralConfig, TrainerCallback
 
 from mpo_nb.core import UserError
-from mpo_nb.dpo import DPOConfig, dpo_loss
+from mpo_nb.dpo import DPOConfig
+from mpo_nb.losses import dpo_loss
 from mpo_nb.pairs import collate_pairs, plain_logps, shared_logps, single_logps
 from util import (
     KINDS, AtTheEnd, TableLM, distance, dpo_trainer, end_state, fingerprint, in_a_new_process, logged, tiny,
@@ -84,7 +85,7 @@ def test_loss_stays_finite_at_large_margins():
                                  dict(loss_type='ipo', label_smoothing=.1), dict(label_smoothing=.5),
                                  dict(label_smoothing=-.1), dict(beta=0.), dict(beta=float('nan'))])
 def test_item41_unsupported_combinations_raise(bad, tmp_path):
-    "[fails when `check_loss` isn't called]"
+    "[fails when the objective isn't checked]"
     with pytest.raises(UserError): DPOConfig(output_dir=str(tmp_path), use_cpu=True, **bad)
 
 

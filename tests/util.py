@@ -133,6 +133,7 @@ def fingerprint(model):
 
 def toy_prompts(n, seed=0): return toy_world().prompts(n, seed)
 
+@cache
 def toy_pairs(n=8, seed=0):
     "Preference pairs of the toy world, prompts and completions of unequal length"
     w = toy_world()
@@ -182,8 +183,8 @@ def dpo_trainer(folder, policy=None, ref=None, pairs=None, tok=None, trainer=(),
     args = dict(max_steps=1, per_device_train_batch_size=8, per_device_eval_batch_size=8, learning_rate=.05,
                 lr_scheduler_type='constant', optim='sgd', max_grad_norm=0., logging_steps=1, cache_reference=False)
     args = DPOConfig(**trainer_defaults(output_dir=str(folder), **args | kw))
-    return DPOTrainer(policy or tiny(), ref, args, pairs or toy_pairs(), processing_class=tok or toy_tokenizer(),
-                      **dict(trainer))
+    return DPOTrainer(policy or tiny(), ref, args, train_dataset=pairs or toy_pairs(),
+                      processing_class=tok or toy_tokenizer(), **dict(trainer))
 
 def sha(x):
     "Hash of nested lists, dicts, numbers and tensors"
