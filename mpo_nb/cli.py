@@ -295,14 +295,17 @@ def command_parser(
     return p
 
 # %% ../nbs/45_cli.ipynb #17ad59c1
-def whole_parser():
+def whole_parser(
+    options=True,  # Those of the commands too, which completion needs; without them `mpo --help` comes at once
+):
     "The parser of everything, for `mpo --help` and completion"
     from jsonargparse import ArgumentParser, set_parsing_settings
     set_parsing_settings(add_print_completion_argument=True)
     p = ArgumentParser(prog='mpo', description=USAGE, formatter_class=formatter(), exit_on_error=False,
                        version=importlib.metadata.version('mpo_nb'))
     commands = p.add_subcommands(required=False, metavar='COMMAND')
-    for name, c in COMMANDS.items(): commands.add_subcommand(name, command_parser(name), help=c.help)
+    one = command_parser if options else (lambda name: ArgumentParser(prog=f'mpo {name}'))
+    for name, c in COMMANDS.items(): commands.add_subcommand(name, one(name), help=c.help)
     return p
 
 # %% ../nbs/45_cli.ipynb #3819bf63
@@ -368,7 +371,7 @@ def main(
     try:
         if argv and argv[0] in COMMANDS: return call(argv[0], argv[1:])
         if argv and not argv[0].startswith('-'): raise UserError(f'no command {argv[0]!r}: give {", ".join(COMMANDS)}')
-        whole_parser().parse_args(argv or ['--help'])
+        whole_parser(options='--print_completion' in ' '.join(argv)).parse_args(argv or ['--help'])
         return 2
     except SystemExit as e: return e.code if isinstance(e.code, int) else 0
     except UserError as e: print(f'mpo: {e}', file=sys.stderr); return 2

@@ -12,11 +12,6 @@ import torch
 torch.set_num_threads(1)
 
 
-def pytest_collection_finish(session):
-    "Every training run collects garbage, 0.2 s each time: what was imported needn't be searched"
-    gc.freeze()
-
-
 @pytest.fixture(scope='session')
 def world():
     from mpo_nb.worlds import get_world
