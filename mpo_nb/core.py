@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'BIDI', 'printable', 'encodable', 'UserError', 'replacing', 'write_json', 'read_json', 'read_parquet',
            'file_hash', 'file_names', 'file_list', 'damage', 'file_lock', 'read_jsonl', 'append_jsonl', 'cache_root',
-           'explore']
+           'explore', 'check_loaded', 'runtime']
 
 # %% ../nbs/01_core.ipynb #590dfc1d
 import contextlib
@@ -219,3 +219,22 @@ def explore(
     if getattr(get_ipython(), 'kernel', None) is None: return draw(**{k: s.value for k, s in sliders.items()})
     from ipywidgets import interactive
     return interactive(draw, **sliders)
+
+# %% ../nbs/01_core.ipynb #3951b43c
+def check_loaded():
+    "`UserError` for a library that is loaded in another version than is installed"
+    import importlib.metadata, sys
+    for name in ('torch', 'transformers', 'datasets', 'trl', 'numpy', 'pandas'):
+        loaded = getattr(sys.modules.get(name), '__version__', None)
+        if loaded and loaded != (now := importlib.metadata.version(name)):
+            raise UserError(f'{name} {loaded} is loaded and {now} is installed: restart the runtime (menu Runtime) and '
+                            'run the cells again')
+
+# %% ../nbs/01_core.ipynb #056da3ec
+def runtime() -> str:
+    "One line: versions, and the device that models are put on"
+    check_loaded()
+    import importlib.metadata, torch
+    if torch.cuda.is_available(): device = torch.cuda.get_device_name()
+    else: device = 'the CPU (everything runs on it; a GPU is chosen in the menu Runtime)'
+    return f'mpo_nb {importlib.metadata.version("mpo_nb")} with torch {torch.__version__} on {device}'

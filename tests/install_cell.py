@@ -13,7 +13,9 @@ SHARED = '''# On Colab this installs mpo_nb and keeps the torch that is there; w
 import importlib.util
 from importlib.metadata import version
 if importlib.util.find_spec('mpo_nb') is None:
-    %pip install -q "{source}" torch=={{version('torch')}}'''
+    %pip install -q "{source}" torch=={{version('torch')}}
+    assert importlib.util.find_spec('mpo_nb'), 'not installed: see what pip says above (no network? an old Python?)'
+    from mpo_nb.core import runtime; print(runtime())'''
 
 
 def install_cell():

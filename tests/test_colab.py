@@ -3,6 +3,7 @@ environment that has the libraries and no mpo_nb, the repository by a wheel of t
 `make colab` runs all notebooks in this way, and `make test` two."""
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -83,5 +84,19 @@ def test_a_notebook_alone_in_a_folder(name, colab, tmp_path):
     env |= dict(PIP_NO_INDEX='1', MPLBACKEND='agg')
     p = subprocess.run([python, 'run.py', 'one.ipynb'], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert p.returncode == 0, p.stdout[-2000:] + p.stderr[-4000:]
+    assert re.search(r'(?m)^mpo_nb \S+ with torch \S+ on \S', p.stdout)
     same, where = p.stdout.splitlines()[-1].split(' ', 1)
     assert same == 'True' and where.startswith(str(python.parent.parent))
+
+
+def test_an_installation_that_fails_says_so(colab, tmp_path):
+    "Without a network a reader is told where to look, not of a missing module [fails without the cell's assertion]"
+    python, _ = colab
+    cells = [dict(cell_type='code', source=[install_cell()])]
+    (tmp_path/'one.ipynb').write_text(json.dumps(dict(cells=cells)))
+    (tmp_path/'run.py').write_text(RUN)
+    env = {k: v for k, v in os.environ.items() if k not in ('PYTHONPATH', 'VIRTUAL_ENV')} | dict(PIP_NO_INDEX='1')
+    env |= dict(GIT_CONFIG_COUNT='1', GIT_CONFIG_KEY_0='url.file:///nowhere/.insteadOf', GIT_CONFIG_VALUE_0='https://')
+    subprocess.run([python, '-m', 'pip', 'uninstall', '-q', '-y', 'mpo_nb'], capture_output=True)
+    p = subprocess.run([python, 'run.py', 'one.ipynb'], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert p.returncode != 0 and 'not installed: see what pip says above' in p.stdout + p.stderr
