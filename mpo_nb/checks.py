@@ -194,8 +194,8 @@ def refuse_args(where: str, args: dict): # where: section or policy, for message
     "`UserError` for a secret, which would be written into recipe and report, and for what a run decides itself"
     for k in args:
         if k.endswith('token'):   # the value is not shown
-            raise UserError(f'`{where}.args.{k}` is a secret, and a recipe is written into the run folder: leave it out, '
-                            'and put the token into the environment variable HF_TOKEN')
+            raise UserError(f'`{where}.args.{k}` is a secret, and a recipe is written into the run folder: '
+                            'leave it out, and put the token into the environment variable HF_TOKEN')
         if k in OWN_ARGS: raise UserError(f'`{where}.args.{k}` is decided by the run: leave it out')
 
 # %% ../nbs/36_checks.ipynb #ad9b9748

@@ -24,7 +24,7 @@ from .core import encodable, UserError
 from .compare import a_first
 from mpo_nb.asking import (
     check_rows, combine, FAIR, fill, FORMATS, Meter, ORDERS, Question, question, read_answers, read_verdict,
-    same_answers, Stop, Store, TASKS, TEMPLATE, tokens_of, UNREADABLE, Unreadable, unswapped
+    same_answers, Stop, Store, TASKS, TEMPLATE, tokens_of, NOT_READ, Unreadable, unswapped
 )
 
 # %% ../nbs/28_judge.ipynb #44f9f82e
@@ -328,7 +328,8 @@ def _content(reply):
     if not hasattr(message, 'content'): raise Unreadable('the body of the reply is no chat completion')
     if getattr(message, 'refusal', None): raise Unreadable('the model refused')
     if message.content is None or message.content == '': raise NoRoom('the reply is empty')
-    if not isinstance(message.content, str): raise Unreadable(f'the reply is {type(message.content).__name__}, not text')
+    if not isinstance(message.content, str):
+        raise Unreadable(f'the reply is {type(message.content).__name__}, not text')
     if not message.content.strip(): raise NoRoom('the reply is empty')
     return message.content
 
@@ -354,7 +355,7 @@ def _ask(self:LLMJudge, q, store=None):
             return self._answer(q, reply, text, *self._read(text))
         except NoRoom as e: why, room = e, 2*room
         except Unreadable as e: why = e
-        if store and reply is not None: store.add(self._answer(q, reply, str(reply)[:10_000], UNREADABLE, str(why)))
+        if store and reply is not None: store.add(self._answer(q, reply, str(reply)[:10_000], NOT_READ, str(why)))
     raise Unreadable(f'{why}; three replies')
 
 # %% ../nbs/28_judge.ipynb #d36561dc

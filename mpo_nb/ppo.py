@@ -29,8 +29,8 @@ def as_scores(given, n: int) -> torch.Tensor: # what a reward has returned; numb
     try: scores = torch.as_tensor(given, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError, OverflowError): scores = None
     if scores is None or 'complex' in str(getattr(given, 'dtype', '')):   # its real part would be taken
-        raise UserError(f'the reward function returned {type(given).__name__} {given!r:.60}: return one number for each '
-                        'completion')
+        raise UserError(f'the reward function returned {type(given).__name__} {given!r:.60}: '
+                        'return one number for each completion')
     if scores.shape != (n,):
         raise UserError(f'the reward function returned shape {tuple(scores.shape)} for {n} '
                         f'completions: return one number for each')
@@ -41,8 +41,8 @@ def checked_scores(reward, samples, missing_eos_penalty):
     scores = as_scores(reward(samples.prompts, samples.completions), len(samples))
     if len(bad := (~(scores.abs() <= LARGEST_SCORE)).nonzero()):   # NaN is not below anything either
         i = int(bad[0])
-        raise UserError(f'the reward of completion {i} is {scores[i].item()}: {samples.completions[i][:80]!r}; give finite '
-                        f'numbers of at most {LARGEST_SCORE:.0e}')
+        raise UserError(f'the reward of completion {i} is {scores[i].item()}: {samples.completions[i][:80]!r}; '
+                        f'give finite numbers of at most {LARGEST_SCORE:.0e}')
     return scores.float() - missing_eos_penalty * ~torch.tensor(samples.ended)
 
 # %% ../nbs/18_ppo.ipynb #827fbd01

@@ -95,8 +95,8 @@ def check_versions(run: Path, names, here: dict): # here: from `versions`
         there = stage_record(run, name)['packages']
         if changed := [p for p in there if public(there[p]) != public(here[p])]:
             p = changed[0]
-            raise UserError(f'{run}: stage {name} was made with {p} {there[p]}, and here is {here[p]}: install that one '
-                            f'again, or give another `--output_dir`; {remedy(run, name)}')
+            raise UserError(f'{run}: stage {name} was made with {p} {there[p]}, and here is {here[p]}: '
+                            f'install that one again, or give another `--output_dir`; {remedy(run, name)}')
 
 # %% ../nbs/38b_records.ipynb #543f74bb
 def stale_input(run: Path, inputs: dict) -> str: # inputs: stage -> id, or None where it was no input

@@ -109,8 +109,8 @@ def _whole_rows(path):
     rows = read_rows(path)
     for n, row in rows:
         if odd := [k for k, v in row.items() if isinstance(v, str) and encodable(v) != v]:
-            raise UserError(f'{path}, row {n}: {odd[0]} holds half a character (a lone surrogate such as \\ud83d): the text '
-                            'was cut inside of one; mend or remove that row')
+            raise UserError(f'{path}, row {n}: {odd[0]} holds half a character (a lone surrogate such as \\ud83d): '
+                            'the text was cut inside of one; mend or remove that row')
     return [row for _, row in rows]
 
 # %% ../nbs/26_results.ipynb #5c1a0f0b

@@ -367,8 +367,9 @@ def test_samples_are_sorted_by_disagreement():
 
 def test_no_control_character_reaches_page_or_table():
     "In texts and in names; line breaks stay [fails without `finalize`, and when names go into the table as they are]"
-    df = pd.DataFrame([dict(policy=p, prompt_id=i, prompt=f'q\x1b[2J{i}', completion=f'a\0{p}\nb', score=float(len(p) + i))
-                       for p in ('x\x1b', 'yy') for i in range(4)])
+    row = lambda p, i: dict(policy=p, prompt_id=i, prompt=f'q\x1b[2J{i}', completion=f'a\0{p}\nb',
+                            score=float(len(p) + i))
+    df = pd.DataFrame([row(p, i) for p in ('x\x1b', 'yy') for i in range(4)])
     c = compare_scores(df)
     page, latex = results_page({'score\x9b': c}, df), latex_table(c)
     for text in (page, latex): assert not re.search('[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]', text)

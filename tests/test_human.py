@@ -273,7 +273,8 @@ def test_messages_that_are_no_votes_are_ignored(tmp_path):
 
 # ---- spreadsheets
 
-@pytest.mark.parametrize('text', ['=1+1', '  =1', '＝1+1', '＋1', '－1', '＠x', '\ufeff=1', '\u200b\xa0=1', '\u3000＝1', '\t=1'])
+@pytest.mark.parametrize('text', ['=1+1', '  =1', '＝1+1', '＋1', '－1', '＠x', '\ufeff=1', '\u200b\xa0=1',
+                                  '\u3000＝1', '\t=1'])
 def test_what_starts_a_formula_is_quoted_and_comes_back(text):
     "Full width, behind a byte order mark or blanks that nobody sees [fails when only plain ASCII signs are looked for]"
     from mpo_nb.human import _inert

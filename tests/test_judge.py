@@ -587,18 +587,21 @@ ODD = [dict(choices=[{}]), dict(choices='abc'), dict(choices={'a': 1}), dict(cho
        *(dict(choices=[GOOD | dict(message=m)]) for m in (None, 'text', dict(content=['[[A]]']), dict(content=5),
                                                            dict(content={'a': 1}), dict(content=None, refusal=5))),
        '[' * 200_000, '[]', '5', '', '\udcff', '{"created": ' + '9'*5000 + '}']
-ODD_COUNTS = ['many', [1], dict(prompt_tokens='5', completion_tokens='7'), dict(prompt_tokens=-5, completion_tokens=1.5),
+ODD_COUNTS = ['many', [1], dict(prompt_tokens='5', completion_tokens='7'),
+              dict(prompt_tokens=-5, completion_tokens=1.5),
               dict(prompt_tokens=10**400, completion_tokens=None)]
 
 def test_odd_replies_are_no_verdict_and_stop_nobody_else(tmp_path):
     """Every one fails, with its reason and without an exception; a reply that came is kept as unreadable, and its
     question is asked again by the next run; odd counts of tokens don't matter
-    [fails without each of the checks in `_content` and `tokens_of`, and when an unreadable reply counts as an answer]"""
+    [fails without each of the checks in `_content` and `tokens_of`, and when an unreadable reply counts as an
+    answer]"""
     n, odd = len(ODD) + len(ODD_COUNTS) + 3, len(ODD)
     def answer(h, question, body, label):
         if question[0] >= odd: return h.send(json.dumps(whole(usage=ODD_COUNTS[question[0] - odd])), 200)
         said = ODD[question[0]]
-        h.send_bytes((json.dumps(whole(**said)) if isinstance(said, dict) else said).encode('utf-8', 'surrogateescape'), 200)
+        text = json.dumps(whole(**said)) if isinstance(said, dict) else said
+        h.send_bytes(text.encode('utf-8', 'surrogateescape'), 200)
     whole = lambda **kw: dict(id='1', object='chat.completion', created=0, model='m', choices=[GOOD]) | kw
     rows, path = rows_of(n), tmp_path/'answers.jsonl'
     with serving(answer, range(n - 3)) as server:

@@ -273,7 +273,7 @@ def test_two_runs_in_one_folder(tmp_path, tiny, capsys):
     (['toy', '--dpo.betta', '1'], 'unknown key `dpo.betta`; did you mean `dpo.beta`?'),
     (['toy', '--sft.args.learning_rat', '1'], '`sft.args.learning_rat`'),
     (['toy', '--sft.args.hub_token', 'hf_abc'], '`sft.args.hub_token` is a secret'),
-    (['toy', '--policies.mpo.args', '{push_to_hub_token: hf_abc}'], '`policies.mpo.args.push_to_hub_token` is a secret'),
+    (['toy', '--policies.mpo.args', '{push_to_hub_token: hf_abc}'], 'policies.mpo.args.push_to_hub_token` is a secret'),
     (['toy', '--dpo.args.resume_from_checkpoint', 'x'], '`dpo.args.resume_from_checkpoint` is decided by the run'),
     (['toy', '--dpo.lr_scheduler_type', 'steep'], '`dpo`'),
     (['toy', '--ppo.num_ppo_epochs', '0'], '`ppo.num_ppo_epochs` is 0'),

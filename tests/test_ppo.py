@@ -332,8 +332,9 @@ def test_item15_the_penalty_is_taken_once_where_eos_is_missing(pad_eos, tok):
 
 @pytest.mark.parametrize('given, says', [
     (None, 'returned NoneType None'), ('good', 'returned str'), (dict(score=1), 'returned dict'),
-    (iter([1, 2]), 'iterator'), ([1j, 1, 1], 'returned list'), ([1, 10**400], 'returned list'), (['a', 'b'], 'returned list'),
-    ([None, None], 'returned list'), ([[1.], [2.]], r'shape \(2, 1\) for 2'), (torch.tensor([1j, 2]), 'returned Tensor'),
+    (iter([1, 2]), 'iterator'), ([1j, 1, 1], 'returned list'), ([1, 10**400], 'returned list'),
+    (['a', 'b'], 'returned list'), ([None, None], 'returned list'), ([[1.], [2.]], r'shape \(2, 1\) for 2'),
+    (torch.tensor([1j, 2]), 'returned Tensor'),
     (np.array([1j, 2]), 'returned ndarray'),
     ([1., 1e30], 'completion 1 is 1e'), ([1., -1e13], 'completion 1 is -1'), ([1., math.nan], 'completion 1 is nan')])
 def test_a_reward_that_is_no_number_is_one_sentence(given, says):
@@ -348,8 +349,8 @@ def test_a_reward_that_is_no_number_is_one_sentence(given, says):
                                       ('model.safetensors', 'cut'), ('critic/model.safetensors', 'unlink'),
                                       ('reference/config.json', 'unlink')])
 def test_a_checkpoint_that_is_not_whole_is_one_sentence(file, do, straight, tmp_path):
-    """[fails without the look at config.json: transformers makes a model of its default size, and no end comes; and when
-    a library's own error passes]"""
+    """[fails without the look at config.json: transformers makes a model of its default size, and no end comes; and
+    when a library's own error passes]"""
     shutil.copytree(straight[0]/'checkpoint-4', tmp_path/'checkpoint-4')
     path = tmp_path/'checkpoint-4'/file
     path.unlink() if do == 'unlink' else path.write_bytes(path.read_bytes()[:-9])
