@@ -38,7 +38,7 @@ def pytest_collection_finish():
 
 
 SHARED = 'test_study.py', 'test_pipeline.py'   # files whose tests share a fixture that takes minutes
-FOLDS = '13_gap', '15_noise'                   # notebooks that need the same two reward models: the second reads them
+FOLDS = '14_gap', '16_noise'                   # notebooks that need the same two reward models: the second reads them
 
 
 @pytest.hookimpl(tryfirst=True)   # before xdist reads the groups

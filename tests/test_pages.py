@@ -9,7 +9,8 @@ import pytest
 NBS = Path(__file__).parent.parent/'nbs'
 NOTEBOOKS = sorted(NBS.rglob('*.ipynb'))
 RULE = re.compile(r'\s*\|(\s*:?-+:?\s*\|)+\s*')
-RAW = dict(numpy=r'\bnp\.\w+\(', address='0x[0-9a-f]{6,}', object='<(IPython|matplotlib|function|generator|bound|Axes)')
+RAW = dict(numpy=r'\bnp\.\w+\(', warning=r'\w+Warning: ', address='0x[0-9a-f]{6,}',
+           object='<(IPython|matplotlib|function|generator|bound|Axes)')
 FORMULA = re.compile(r'\$\$.*?\$\$|\$[^$\n]+\$', flags=re.S)
 EMPTY = '', '[]', "['']", '{}', 'None', "''"
 
@@ -53,6 +54,8 @@ def link_faults(text, path):
         target = path.parent/file if file else path
         if not target.is_file(): yield f'link to {file}, which is not there'
         elif anchor and anchor not in headings(target): yield f'link to {file}#{anchor}, and there is no such heading'
+    for name in re.findall(r'(?<!\[)`(\d\d_\w+)`(?!\])', text):
+        if name != path.stem and (NBS/f'{name}.ipynb').is_file(): yield f'{name} is named and not linked'
 
 
 def output_faults(output):
@@ -85,6 +88,7 @@ def shown(**output): return dict(cell_type='code', source=['x'], outputs=[output
     (said('| a | b |\n| 1 | 2 |'), 'without a rule'), (said('words\n| a |\n|---|\n| 1 |'), 'without a blank line'),
     (said('| a | b |\n|---|---|\n| 1 |'), 'several widths'), (said('[x](99_none.ipynb)'), 'not there'),
     (said('[x](01_core.ipynb#Nothing-like-it)'), 'no such heading'), (said('[x](#Nothing-like-it)'), 'no such heading'),
+    (said('see `02_sources`'), 'not linked'), (shown(text=['x.py:1: FutureWarning: old']), 'shows warning'),
     (shown(data={'text/markdown': ['| a |\\n|---|']}), 'literal line break'),
     (shown(text=["['']\n"]), "shows only ['']"),
     (shown(data={'text/plain': ['np.float64(0.5)']}), 'shows numpy'), (shown(text=['<function f>']), 'shows object'),

@@ -1,4 +1,4 @@
-"""Run notebooks twice, each time alone in an empty folder, and compare what they print: `make twice` for all of them, or
+"""Run notebooks twice, each time alone in an empty folder, and compare what they print: `make twice` for all, or
 `python tests/twice.py NAME …`. What differs from run to run teaches a reader to distrust the rest."""
 import difflib
 import json
