@@ -9,6 +9,7 @@ import yaml
 from mpo_nb.core import UserError
 from mpo_nb.keys import recipe_keys
 from mpo_nb.recipe import load_recipe, parse_recipe, recipes
+from mpo_nb.records import note_again
 from mpo_nb.report import report
 from mpo_nb.runs import check_folder
 from mpo_nb.pipeline import stages
@@ -548,6 +549,7 @@ def test_compare(runs, capsys, tmp_path):
     shutil.copytree(runs[0], other)
     for f, change in (('evaluation.json', ('"seed": 0', '"seed": 1')), ('recipe.yaml', ('\nseed: 0', '\nseed: 1'))):
         (other/f).write_text((other/f).read_text().replace(*change))
+    note_again(other, 'report', 'evaluation.json')
     assert main(['compare', str(runs[0]), str(other)]) == 0
     out = capsys.readouterr().out
     assert 'mpo minus it' in out and 'seed 1' in out
