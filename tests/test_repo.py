@@ -11,6 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from install_cell import install_cell
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT/'nbs').rglob('*.ipynb'))
@@ -119,7 +120,8 @@ def test_notebook_has_a_readers_size(path):
     "At most 90 cells, small ones, and no code line that scrolls sideways"
     nb, sources = json.loads(path.read_text(encoding='utf-8')), [''.join(c['source']) for c in code_cells(path)]
     assert len(nb['cells']) <= MOST_CELLS
-    assert statistics.median(s.count('\n') + 1 for s in sources) <= MEDIAN_LINES
+    own = [s for s in sources if install_cell() not in s]   # that cell is generated, and the same everywhere
+    assert statistics.median(s.count('\n') + 1 for s in own) <= MEDIAN_LINES
     wide = [l for s in sources for l in s.split('\n') if len(l) > WIDEST]
     assert not wide, wide[0]
 
