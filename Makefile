@@ -14,9 +14,8 @@ READY  := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/mpo run toy
 
-# one process and one thread a core; the models that many notebooks start from are made first, with all cores
+# one process and one thread a core
 test: $(READY)
-	$(BIN)/python -c 'from mpo_nb.reward import toy_setup; toy_setup()'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder
 
 lab: $(READY)

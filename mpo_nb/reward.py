@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 # %% ../nbs/13_reward.ipynb #ea7d35a4
 import mpo_nb
-from .core import cache_root, log, replacing, UserError
+from .core import cache_root, file_lock, log, replacing, UserError
 from .data import split_by_prompt
 from .worlds import get_world
 from .logprobs import check_tokenizer, encode_completion, encode_completions, encode_prompt, encode_prompts
@@ -404,9 +404,10 @@ def _build_toy(folder, world, seed, n_demos, n_pairs, sft_steps, reward_epochs):
 def _fit_again(setup, sft, tok, epochs, pairs, seed=0):
     "A reward model as that of the toy setup, of other pairs; trained at the first call and read from the cache later"
     folder = _cache_folder('reward', [setup, epochs, seed, *(pairs[k][:] for k in ('prompt', 'chosen', 'rejected'))])
-    if not folder.is_dir():
-        reward, _ = train_reward(sft, tok, pairs, seed=seed, num_train_epochs=epochs, **TOY_REWARD)
-        with replacing(folder) as tmp: _centred(reward, pairs).save(Path(tmp))
+    with file_lock(folder, timeout=3600):
+        if not folder.is_dir():
+            reward, _ = train_reward(sft, tok, pairs, seed=seed, num_train_epochs=epochs, **TOY_REWARD)
+            with replacing(folder) as tmp: _centred(reward, pairs).save(Path(tmp))
     return RewardModel.load(folder, device='cpu')
 
 # %% ../nbs/13_reward.ipynb #5f3c2b56
@@ -424,10 +425,11 @@ def toy_setup(
     arguments = dict(seed=seed, n_demos=n_demos, n_pairs=n_pairs, sft_steps=sft_steps, reward_epochs=reward_epochs)
     world = dict(topics=topics, harmful=harmful)
     folder, world = _cache_folder('toy', arguments | world), get_world('toy', **world)
-    if not folder.is_dir():
-        with replacing(folder) as tmp:
-            Path(tmp).mkdir()
-            _build_toy(Path(tmp), world, **arguments)
+    with file_lock(folder, timeout=3600):   # another notebook may be making it
+        if not folder.is_dir():
+            with replacing(folder) as tmp:
+                Path(tmp).mkdir()
+                _build_toy(Path(tmp), world, **arguments)
     with quiet(): sft, tok = load_model(folder/'sft')
     logs = json.loads((folder/'log.json').read_text(encoding='utf-8'))
     return SimpleNamespace(world=world, tok=tok, sft=sft, reward=RewardModel.load(folder/'reward', device='cpu'),

@@ -37,14 +37,17 @@ def pytest_collection_finish():
     gc.freeze()
 
 
-SHARED = 'test_study.py', 'test_pipeline.py'   # files whose tests share a fixture that takes minutes
-FOLDS = '14_gap', '16_noise'                   # notebooks that need the same two reward models: the second reads them
+# what workers take first: long files, and before the notebooks the models that many of these start from
+FIRST = 'study', 'toy', 'pipeline', 'judge', 'ppo', 'dpo', 'human', 'colab', 'notebooks'
+FOLDS = '14_gap', '16_noise'   # notebooks that need the same two reward models: the second reads them
 
 
 @pytest.hookimpl(tryfirst=True)   # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    "The order in which workers take tests: files of SHARED, each as a whole, then notebooks, then the short ones"
+    "A file stays on one worker, so that what its tests share is made once; each notebook is on its own"
+    place = {f'test_{name}.py': i for i, name in enumerate(FIRST)}
     for i in items:
-        if i.path.name in SHARED: i.add_marker(pytest.mark.xdist_group(i.path.name))
-        if any(f'test_notebook[{n}]' in i.nodeid for n in FOLDS): i.add_marker(pytest.mark.xdist_group('folds'))
-    items.sort(key=lambda i: (i.path.name not in SHARED, i.path.name != 'test_notebooks.py'))
+        group = i.path.name if 'test_notebook[' not in i.nodeid else i.nodeid
+        if any(f'test_notebook[{n}]' in i.nodeid for n in FOLDS): group = 'folds'
+        i.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda i: place.get(i.path.name, len(place)))
