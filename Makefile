@@ -45,11 +45,12 @@ dist: $(READY)
 
 # a current pip: the resolver of the one that comes with Python 3.11 searches for many minutes
 # torch first and alone, at the tested version: left to itself pip may resolve a newer build
+# --no-compile: of 20,000 modules a few thousand are ever imported, and those are compiled then
 $(READY): settings.ini pyproject.toml setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt torch
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e '.[dev]'
 	touch $@
 
 clean:

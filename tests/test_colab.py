@@ -13,14 +13,19 @@ import pytest
 from install_cell import NOTEBOOKS, ROOT, install_cell, with_install_cell
 
 RUN = '''
-import json, sys
+import json, sys, textwrap
 from importlib.metadata import version
 from IPython.core.interactiveshell import InteractiveShell
 before, shell = version('torch'), InteractiveShell.instance()
 for cell in json.load(open(sys.argv[1], encoding='utf-8'))['cells']:
     source = ''.join(cell['source'])
-    if cell['cell_type'] == 'code' and '#| slow' not in source: shell.run_cell(source).raise_error()
-    if '%pip' in source and 'torch' in sys.modules: sys.exit('torch was imported before or by the installation')
+    if cell['cell_type'] != 'code' or '#| slow' in source: continue
+    if '%pip' in source:
+        install, *rest = source.partition('    assert importlib')
+        shell.run_cell(install).raise_error()
+        if 'torch' in sys.modules: sys.exit('torch was imported before or by the installation')
+        source = textwrap.dedent(''.join(rest))
+    shell.run_cell(source).raise_error()
 import mpo_nb
 print(before == version('torch'), mpo_nb.__file__)
 '''
