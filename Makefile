@@ -10,6 +10,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
+# tests start many processes, and each would compile the package anew
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test lab docs colab twice cells bench dist clean
 demo: $(READY)
 	$(BIN)/mpo run toy
@@ -45,7 +48,7 @@ dist: $(READY)
 
 # a current pip: the resolver of the one that comes with Python 3.11 searches for many minutes
 # torch first and alone, at the tested version: left to itself pip may resolve a newer build
-# --no-compile: of 20,000 modules a few thousand are ever imported, and those are compiled then
+# --no-compile: of 20,000 modules a few thousand are ever imported, and those are compiled at their first import
 $(READY): settings.ini pyproject.toml setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
