@@ -1,6 +1,10 @@
 "Settings of every test: offline, quiet, one thread; and the fixtures that several files use."
 import gc
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false', HF_HUB_DISABLE_PROGRESS_BARS='1',
                   TRANSFORMERS_VERBOSITY='error')
@@ -32,6 +36,20 @@ def own_random_state():
     with seeded(0): yield
 
 
+@pytest.fixture(scope='session')
+def two(tmp_path_factory):
+    """Results of two_processes.py under `accelerate launch`: (folder, one dict a process). --multi_gpu is its
+    name for its torchrun launcher; `use_cpu` makes the backend gloo"""
+    out, tests = tmp_path_factory.mktemp('two'), Path(__file__).parent
+    command = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2',
+               '--num_machines', '1', '--num_cpu_threads_per_process', '1', '--mixed_precision', 'no',
+               '--dynamo_backend', 'no', '--main_process_port', '0', 'two_processes.py', str(out)]
+    p = subprocess.run(command, cwd=tests, env=os.environ | dict(OMP_NUM_THREADS='1'), capture_output=True,
+                       text=True, timeout=600)
+    assert p.returncode == 0, p.stderr[-3000:]
+    return out, [json.loads((out/f'results-{rank}.json').read_text()) for rank in (0, 1)]
+
+
 def pytest_collection_finish():
     "Every training collects garbage; half a million objects of imported modules are none, and took 0.3 s each time"
     gc.freeze()
@@ -39,7 +57,8 @@ def pytest_collection_finish():
 
 # what workers take first: long files, and before the notebooks the models that many of these start from
 FIRST = 'study', 'toy', 'pipeline', 'judge', 'ppo', 'dpo', 'human', 'colab', 'notebooks'
-FOLDS = '14_gap', '16_noise'   # notebooks that need the same two reward models: the second reads them
+# what is made for one of them serves the other: two reward models, two processes
+TOGETHER = {'test_notebook[16_noise]': 'test_notebook[14_gap]', 'test_ppo_variants.py': 'test_ppo.py'}
 
 
 @pytest.hookimpl(tryfirst=True)   # before xdist reads the groups
@@ -47,7 +66,6 @@ def pytest_collection_modifyitems(items):
     "A file stays on one worker, so that what its tests share is made once; each notebook is on its own"
     place = {f'test_{name}.py': i for i, name in enumerate(FIRST)}
     for i in items:
-        group = i.path.name if 'test_notebook[' not in i.nodeid else i.nodeid
-        if any(f'test_notebook[{n}]' in i.nodeid for n in FOLDS): group = 'folds'
-        i.add_marker(pytest.mark.xdist_group(group))
+        group = i.name if i.name.startswith('test_notebook[') else i.path.name
+        i.add_marker(pytest.mark.xdist_group(TOGETHER.get(group, group)))
     items.sort(key=lambda i: place.get(i.path.name, len(place)))

@@ -1,8 +1,8 @@
 "Every notebook is a test: it runs from top to bottom in a process of its own, as `nbdev-test` runs it."
 import os
 
-import nbformat
 import pytest
+from fastcore.nbio import mk_cell, new_nb, write_nb
 from install_cell import NOTEBOOKS
 from run_notebook import run_notebook
 from twice import differences
@@ -21,7 +21,7 @@ def test_notebook(path, tmp_path):
 
 
 def write(path, cell):
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)]), path)
+    write_nb(new_nb([mk_cell(cell)]), path)
     return path
 
 

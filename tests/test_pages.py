@@ -9,7 +9,7 @@ import pytest
 NBS = Path(__file__).parent.parent/'nbs'
 NOTEBOOKS = sorted(NBS.rglob('*.ipynb'))
 RULE = re.compile(r'\s*\|(\s*:?-+:?\s*\|)+\s*')
-RAW = dict(numpy=r'\bnp\.\w+\(', warning=r'\w+Warning: ', address='0x[0-9a-f]{6,}',
+RAW = dict(numpy=r'\bnp\.\w+\(', warning=r'\w+Warning: ', control='\x1b\\[2K', address='0x[0-9a-f]{6,}',
            object='<(IPython|matplotlib|function|generator|bound|Axes)')
 FORMULA = re.compile(r'\$\$.*?\$\$|\$[^$\n]+\$', flags=re.S)
 EMPTY = '', '[]', "['']", '{}', 'None', "''"
@@ -89,6 +89,7 @@ def shown(**output): return dict(cell_type='code', source=['x'], outputs=[output
     (said('| a | b |\n|---|---|\n| 1 |'), 'several widths'), (said('[x](99_none.ipynb)'), 'not there'),
     (said('[x](01_core.ipynb#Nothing-like-it)'), 'no such heading'), (said('[x](#Nothing-like-it)'), 'no such heading'),
     (said('see `02_sources`'), 'not linked'), (shown(text=['x.py:1: FutureWarning: old']), 'shows warning'),
+    (shown(text=['\x1b[2K\r']), 'shows control'),
     (shown(data={'text/markdown': ['| a |\\n|---|']}), 'literal line break'),
     (shown(text=["['']\n"]), "shows only ['']"),
     (shown(data={'text/plain': ['np.float64(0.5)']}), 'shows numpy'), (shown(text=['<function f>']), 'shows object'),

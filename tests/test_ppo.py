@@ -1327,20 +1327,6 @@ def test_item34_frozen_weights_may_be_shared_trained_ones_not():
 
 # ---- two processes
 
-@pytest.fixture(scope='module')
-def two(tmp_path_factory):
-    """Results of two_processes.py under `accelerate launch`: (folder, one dict a process). --multi_gpu is its
-    name for its torchrun launcher; `use_cpu` makes the backend gloo"""
-    out, tests = tmp_path_factory.mktemp('two'), Path(__file__).parent
-    command = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2',
-               '--num_machines', '1', '--num_cpu_threads_per_process', '1', '--mixed_precision', 'no',
-               '--dynamo_backend', 'no', '--main_process_port', '0', 'two_processes.py', str(out)]
-    p = subprocess.run(command, cwd=tests, env=os.environ | dict(OMP_NUM_THREADS='1'), capture_output=True,
-                       text=True, timeout=600)
-    assert p.returncode == 0, p.stderr[-3000:]
-    return out, [json.loads((out/f'results-{rank}.json').read_text()) for rank in (0, 1)]
-
-
 def test_two_processes_learn_and_hold_equal_weights(two):
     "The toy task is learned and both ranks end with the same bytes [fails when the policy loss has the other sign]"
     _, (a, b) = two

@@ -22,7 +22,7 @@ from mpo_nb.training import load_adapter
 from mpo_nb.ppo_config import PPOConfig, classifier_on, make_critic, rollout_rows
 from mpo_nb.ppo_trainer import load_experience
 from mpo_nb.reward import RewardModel, reward_model_from
-from test_ppo import (AtTheEnd, end_state, little_run, lora, plain_gae, plain_rewards, storages, two, updates)
+from test_ppo import (AtTheEnd, end_state, little_run, lora, plain_gae, plain_rewards, storages, updates)
 from util import (distance, fingerprint, in_a_new_process, letters, logged, ppo_trainer, row_logps, talker, tiny,
                   toy_prompts, toy_tokenizer, weights)
 

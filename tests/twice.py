@@ -14,7 +14,7 @@ from run_notebook import run_notebook
 
 # clock times, and names that are made anew by every run
 MASKED = [r'\d[\d.]*(?=e?-?\d* ?(?:s|ms|seconds|minutes|min)\b)', r'(?<=seconds\': )[\d.]+', r'\d\d:\d\d(?::\d\d)?',
-          r'\b[0-9a-f]{16,}\b', r'/tmp/\w+', r'0x[0-9a-f]+', r'[\d.]+ ?(?:it/s|s/it)', r'<style.*?</style>']
+          r'\b[0-9a-f]{16,}\b', r'/tmp/\w+', r'0x[0-9a-f]+', r'[\d.]+ ?(?:it/s|s/it)']
 
 
 def printed(path):
@@ -24,7 +24,7 @@ def printed(path):
         for o in c.get('outputs', []):
             data = o.get('data', {})
             text = ''.join(o.get('text') or data.get('text/markdown') or data.get('text/plain') or '')
-            for mask in MASKED: text = re.sub(mask, '#', text, flags=re.S)
+            for mask in MASKED: text = re.sub(mask, '#', text)
             lines += [f'cell {i}: {line}' for line in text.splitlines()]
     return lines
 
@@ -45,6 +45,7 @@ def differences(path):
 
 
 def main(names):
+    if unknown := {*names} - {p.stem for p in NOTEBOOKS}: sys.exit(f'no notebook {sorted(unknown)[0]}')
     chosen = [p for p in NOTEBOOKS if not names or p.stem in names]
     found = False
     with ThreadPoolExecutor(2) as pool:
