@@ -4,6 +4,7 @@
 # make cells: the install cell of every notebook (Colab), from settings.ini
 # make colab: every notebook alone in a folder, in an environment that has the libraries and no mpo_nb
 # make twice: every notebook twice; what they print must be the same, times aside
+# make fuzz: N examples of odd files, recipes, command lines, replies and votes for each test (1,000)
 # make bench: every benchmark beside TRL (needs a quiet machine; results go to mpo_nb/saved)
 PYTHON ?= python3.11
 VENV   := .venv
@@ -13,7 +14,9 @@ READY  := $(VENV)/.ready
 # tests start many processes, and each would compile the package anew
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lab docs colab twice cells bench dist clean
+N ?= 1000
+
+.PHONY: demo test lab docs colab twice cells fuzz bench dist clean
 demo: $(READY)
 	$(BIN)/mpo run toy
 
@@ -34,6 +37,9 @@ colab: $(READY)
 
 twice: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/twice.py
+
+fuzz: $(READY)
+	FUZZ=$(N) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/test_fuzz.py
 
 cells: $(READY)
 	$(BIN)/python tests/install_cell.py

@@ -8,7 +8,7 @@ __all__ = ['REDO_HELP', 'COMPLETIONS_HELP', 'NOT_OPTIONS', 'JUDGE_TYPES', 'COMMA
            'compare_command', 'gaps_options', 'gaps_command', 'report_options', 'report_command', 'verify_options',
            'verify_command', 'whole', 'eval_options', 'eval_command', 'judge_options', 'read_template', 'judge_command',
            'human_options', 'human_command', 'Command', 'formatter', 'command_parser', 'whole_parser',
-           'recipe_defaults', 'with_recipe', 'underscored', 'call', 'os_sentence', 'main']
+           'recipe_defaults', 'with_recipe', 'underscored', 'call', 'os_sentence', 'without_command', 'main']
 
 # %% ../nbs/48_cli.ipynb #36fc7170
 import dataclasses, errno, importlib.metadata, logging, sys
@@ -361,6 +361,13 @@ def os_sentence(e: OSError) -> str:
     what = (e.strerror or ' '.join(str(e).split()) or type(e).__name__).lower()
     return printable(f'{where}{what}; {OS_HINTS.get(e.errno, "give another file or folder")}')
 
+# %% ../nbs/48_cli.ipynb #e2f1e446
+def without_command(argv: list):
+    "`mpo --help`, `--version` and `--print_completion`, which end the program; anything else is a mistake"
+    from jsonargparse import ArgumentError
+    try: whole_parser(options='--print_completion' in ' '.join(argv)).parse_args(argv or ['--help'])
+    except ArgumentError as e: raise one_sentence(e, 'command line') from e
+
 # %% ../nbs/48_cli.ipynb #a2b7c398
 def main(
     argv=None,  # Arguments; None: those of the command line
@@ -371,7 +378,7 @@ def main(
     try:
         if argv and argv[0] in COMMANDS: return call(argv[0], argv[1:])
         if argv and not argv[0].startswith('-'): raise UserError(f'no command {argv[0]!r}: give {", ".join(COMMANDS)}')
-        whole_parser(options='--print_completion' in ' '.join(argv)).parse_args(argv or ['--help'])
+        without_command(argv)
         return 2
     except SystemExit as e: return e.code if isinstance(e.code, int) else 0
     except UserError as e: print(f'mpo: {e}', file=sys.stderr); return 2

@@ -22,11 +22,18 @@ from .pairing import pair_reader
 from .sources import FIELDS, file_kind, find_source, is_local, read_source
 
 # %% ../nbs/04_data.ipynb #9fc5b2ab
+def _storable(t):
+    "Can a parquet file hold this Arrow type? It has no struct without fields"
+    if pa.types.is_struct(t): return t.num_fields > 0 and all(_storable(f.type) for f in t)
+    return _storable(t.value_type) if pa.types.is_list(t) else True
+
+# %% ../nbs/04_data.ipynb #23b6bb1d
 def _column(values):
-    "An Arrow array of the values, or of their JSON texts where they have no common type"
-    try: return pa.array(values)
-    except (pa.ArrowException, UnicodeEncodeError, OverflowError):
-        return pa.array([None if v is None else json.dumps(v, default=str) for v in values])
+    "An Arrow array of the values, or of their JSON texts where they have no common type, or none that a file can hold"
+    try:
+        if _storable((column := pa.array(values)).type): return column
+    except (pa.ArrowException, UnicodeEncodeError, OverflowError): pass
+    return pa.array([None if v is None else json.dumps(v, default=str) for v in values])
 
 # %% ../nbs/04_data.ipynb #506248c2
 def as_dataset(

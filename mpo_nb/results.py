@@ -15,7 +15,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 
-from .core import encodable, log, printable, replacing, UserError
+from .core import encodable, log, printable, read_frame, replacing, UserError
 from .sources import read_rows
 from .evaluate import add_scores, distinct_n, new_axes, paired
 from mpo_nb.compare import (
@@ -123,7 +123,7 @@ def read_completions(
     if not path.exists():
         raise UserError(f'{path} does not exist: give a file with prompt, policy, completion, '
                         f'or a run folder that has completions.parquet')
-    if path.suffix == '.parquet': df = pd.read_parquet(path)
+    if path.suffix == '.parquet': df = read_frame(path)
     else: df = pd.DataFrame(_whole_rows(path))
     for c in ('prompt', 'policy', 'completion'): _refuse_texts(df, c, path)
     if 'prompt_id' not in df: df = df.assign(prompt_id=pd.factorize(df.prompt)[0])

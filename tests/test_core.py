@@ -203,7 +203,7 @@ def test_printable_leaves_nothing_that_steers_a_terminal():
 
 def test_a_user_error_is_printable():
     e = UserError('no column \x1b[2J\u202e: give\nprompt')
-    assert str(e) == r'no column \x1b[2J\u202e: give' + '\nprompt' and str(UserError()) == ''
+    assert str(e) == r'no column \x1b[2J\u202e: give\nprompt' and str(UserError()) == ''   # one line, too
 
 
 def test_json_that_is_not_whole_is_one_sentence(tmp_path):

@@ -1,11 +1,12 @@
 """Preference data: every kind of bad input, the HH-RLHF and TL;DR contracts, the Hub path, conservation of rows
 on the real files"""
-import gzip, json, os, subprocess, sys
+import gzip, json, os, subprocess, sys, tracemalloc
 from pathlib import Path
 
 import datasets, pandas as pd, pytest
 from datasets import Dataset, load_dataset
 
+from mpo_nb import sources
 from mpo_nb.core import UserError
 from mpo_nb.data import load_preferences, save_preferences, split_by_prompt
 from mpo_nb.pairing import TURN, comparison_pair, hh_pair, problem, split_dialogue, tldr_pair
@@ -85,6 +86,35 @@ def test_json_that_no_parser_takes(tmp_path):
         for name in (f'{i}.jsonl', f'{i}.json'):
             (tmp_path/name).write_text('{"prompt": ' + value)
             fails(tmp_path/name, name, 'not valid JSON')
+
+@pytest.mark.parametrize('name', ['a.jsonl.gz', 'a.json.gz', 'a.csv.gz'])
+def test_a_packed_file_may_not_fill_the_memory(tmp_path, monkeypatch, name):
+    "It is refused while it is read, not after"
+    (tmp_path/name).write_bytes(gzip.compress((b'prompt,chosen\n' if 'csv' in name else b'') + b' '*10**7))
+    monkeypatch.setattr(sources, 'MAX_UNPACKED', 10**6)
+    monkeypatch.setattr(sources, 'MAX_LINE', 10**9)
+    tracemalloc.start()
+    fails(tmp_path/name, name, 'unpacks to more than 1 MB')
+    assert tracemalloc.get_traced_memory()[1] < 8e6
+    tracemalloc.stop()
+
+def test_a_line_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, 'MAX_LINE', 10**5)
+    write(tmp_path/'a.jsonl', [GOOD, 'x'*10**5])
+    fails(tmp_path/'a.jsonl', 'a.jsonl, line 2', '100000 characters')
+
+def test_a_name_twice(tmp_path):
+    "Of two values under one name a parser would keep the last, without a word"
+    write(tmp_path/'a.jsonl', [GOOD, '{"prompt": "a", "chosen": "b", "chosen": "c", "rejected": "d"}'])
+    fails(tmp_path/'a.jsonl', 'a.jsonl, line 2', "'chosen' twice")
+    (tmp_path/'a.csv').write_text('prompt,chosen,chosen,rejected\na,b,c,d\n')
+    fails(tmp_path/'a.csv', 'a.csv', 'column chosen twice')
+
+def test_an_object_without_fields_can_be_saved(tmp_path):
+    "Parquet has no such type"
+    pairs = load_preferences(write(tmp_path/'a.jsonl', [{**GOOD, 'info': {}}, {**GOOD, 'info': {'x': [{}]}}]))
+    again = load_preferences(save_preferences(pairs, tmp_path/'b.parquet'))
+    assert again['info'] == ['{}', '{"x": [{}]}']
 
 @pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='needs named pipes')
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
