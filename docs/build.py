@@ -177,7 +177,7 @@ def assemble(src):
     trees = [toctree(title, [f'course/{n}' for n in part]) for title, part in course]
     studies = sorted(p.stem for p in (ROOT/'nbs'/'studies').glob('*.ipynb'))
     trees += [toctree('Studies', ['results', *(f'course/studies/{n}' for n in studies)]),
-              toctree('Reference', ['glossary', 'recipes', 'cli', *(f'api/{n}' for n in names)])]
+              toctree('Reference', ['glossary', 'guarantees', 'recipes', 'cli', *(f'api/{n}' for n in names)])]
     with open(src/'index.md', 'a', encoding='utf-8') as f: f.write(''.join(trees))
 
 

@@ -54,8 +54,8 @@ def run_command(cfg: dict, parts: dict) -> int:
         return 0
     from mpo_nb.pipeline import run
     from mpo_nb.report import final_table
-    from mpo_nb.progress import is_main
-    folder = run(r, only=as_names(cfg['only']), redo=as_names(cfg['redo']))
+    from mpo_nb.progress import is_main, stopped_by_signals
+    with stopped_by_signals(): folder = run(r, only=as_names(cfg['only']), redo=as_names(cfg['redo']))
     if is_main(): print(f'{final_table(read_json(folder/"evaluation.json"))}\nreport: {folder/"report.html"}')
     return 0
 
@@ -111,10 +111,11 @@ def gaps_command(cfg: dict, parts: dict) -> int:
     "`mpo gaps DATA --model MODEL [--key value ...]`"
     from mpo_nb.report import gaps_summary, read_noise
     from mpo_nb.core import read_parquet
+    from mpo_nb.progress import stopped_by_signals
     from mpo_nb.scoring import gaps_values, score_gaps
     cfg['data'] = dict(cfg['data'], source=cfg['source'])
     values = {k: v for k, v in cfg.items() if k not in ('source', 'redo')}
-    folder = score_gaps(gaps_values(with_parts(values, parts)), redo=as_names(cfg['redo']))
+    with stopped_by_signals(): folder = score_gaps(gaps_values(with_parts(values, parts)), redo=as_names(cfg['redo']))
     m, s = read_json(folder/'score'/'stage.json')['metrics'], gaps_summary(read_parquet(folder/'gaps.parquet'))
     print(f"{m['pairs']} pairs: {m['easy']} easy, {m['hard']} hard; {sum(m['set_aside'].values())} set aside, "
           f"{m['prompts_cut']} prompts cut")
@@ -383,7 +384,9 @@ def main(
     except SystemExit as e: return e.code if isinstance(e.code, int) else 0
     except UserError as e: print(f'mpo: {e}', file=sys.stderr); return 2
     except OSError as e: print(f'mpo: {os_sentence(e)}', file=sys.stderr); return 2
-    except KeyboardInterrupt: print('mpo: stopped; the same command goes on from here', file=sys.stderr); return 130
+    except KeyboardInterrupt as e:
+        print(f'mpo: {e if str(e) else "stopped"}; the same command goes on from here', file=sys.stderr)
+        return 128 + getattr(e, 'number', 2)
 
 # %% ../nbs/48_cli.ipynb #23e762f0
 # python -m mpo_nb.cli, also under `accelerate launch`; a notebook has no `__file__`

@@ -33,7 +33,8 @@ def printable(
     def safe(c):
         odd = unicodedata.category(c) in ('Cc', 'Cs', 'Zl', 'Zp') or ord(c) in BIDI
         return c.encode('unicode_escape').decode() if odd and c not in keep else c
-    return ''.join(map(safe, str(text)))
+    text = str(text)
+    return text if text.isprintable() else ''.join(map(safe, text))
 
 # %% ../nbs/01_core.ipynb #d6fdb5bc
 def encodable(text: str) -> str:

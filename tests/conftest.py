@@ -2,6 +2,7 @@
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,32 @@ def two(tmp_path_factory):
                        text=True, timeout=600)
     assert p.returncode == 0, p.stderr[-3000:]
     return out, [json.loads((out/f'results-{rank}.json').read_text()) for rank in (0, 1)]
+
+
+def programs():
+    "Paths of Chromium and its driver, or the reason why the browser test can't run"
+    chrome = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+    driver = shutil.which('chromedriver')
+    missing = [n for n, p in (('chromium', chrome), ('chromedriver', driver)) if not p]
+    return ((chrome, driver), f"{' and '.join(missing)} not installed (Debian: "
+            f"apt-get install chromium chromium-driver)" if missing else None)
+
+
+@pytest.fixture
+def browser(tmp_path):
+    "Chromium, driven; a test that needs it is skipped where it isn't"
+    (chrome, driver), why = programs()
+    if why: pytest.skip(why)
+    from selenium import webdriver
+    options = webdriver.ChromeOptions()
+    options.binary_location = chrome
+    for flag in ('headless=new', 'no-sandbox', 'disable-gpu', 'disable-dev-shm-usage',
+                 'disable-background-networking', 'disable-component-update', 'disable-sync', 'no-first-run',
+                 'window-size=1100,900', f'user-data-dir={tmp_path}/chrome'):
+        options.add_argument(f'--{flag}')
+    b = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    yield b
+    b.quit()
 
 
 def pytest_collection_finish():

@@ -2,6 +2,7 @@
 import ast
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,11 @@ def test_every_key_of_a_recipe_is_explained(build):
 def test_results_come_from_the_readme(build):
     page = build.results_page()
     assert page.startswith('# What we measured') and '](nbs/' not in page
+
+
+def test_every_promise_names_tests_that_are_there():
+    text = (ROOT/'docs'/'guarantees.md').read_text(encoding='utf-8')
+    named = {*re.findall(r'`(test_\w+)`', text)}
+    there = {n.name for p in (ROOT/'tests').glob('test_*.py') for n in ast.walk(ast.parse(p.read_text(encoding='utf-8')))
+             if isinstance(n, ast.FunctionDef)}
+    assert len(named) > 30 and named <= there

@@ -568,15 +568,6 @@ def _free_port():
         return s.getsockname()[1]
 
 
-def _programs():
-    "Paths of Chromium and its driver, or the reason why the browser test can't run"
-    chrome = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
-    driver = shutil.which('chromedriver')
-    missing = [n for n, p in (('chromium', chrome), ('chromedriver', driver)) if not p]
-    return ((chrome, driver), f"{' and '.join(missing)} not installed (Debian: "
-            f"apt-get install chromium chromium-driver)" if missing else None)
-
-
 @pytest.fixture
 def lab(tmp_path):
     "A running JupyterLab on a folder of its own, with a notebook of one cell; its address with token"
@@ -611,22 +602,6 @@ def lab(tmp_path):
         p.terminate()
         try: p.wait(10)
         except subprocess.TimeoutExpired: os.killpg(p.pid, signal.SIGKILL)
-
-
-@pytest.fixture
-def browser(tmp_path):
-    (chrome, driver), why = _programs()
-    if why: pytest.skip(why)
-    from selenium import webdriver
-    options = webdriver.ChromeOptions()
-    options.binary_location = chrome
-    for flag in ('headless=new', 'no-sandbox', 'disable-gpu', 'disable-dev-shm-usage',
-                 'disable-background-networking', 'disable-component-update', 'disable-sync', 'no-first-run',
-                 'window-size=1100,900', f'user-data-dir={tmp_path}/chrome'):
-        options.add_argument(f'--{flag}')
-    b = webdriver.Chrome(options, webdriver.ChromeService(driver))
-    yield b
-    b.quit()
 
 
 def test_the_page_in_jupyterlab(browser, lab):

@@ -1,4 +1,4 @@
-"The `mpo` command: errors for the user, the run folder, and going on after SIGKILL with the same numbers"
+"The `mpo` command: errors for the user, the run folder, and going on after signals with the same numbers"
 import json, os, re, shutil, subprocess, sys
 from pathlib import Path
 
@@ -65,6 +65,13 @@ def working(stage):
         return any((run/'checkpoints'/stage).glob('checkpoint-*/complete'))
     return run.is_dir() and any(run.glob(f'.{stage}.*'))
 
+# what ends the stage, and the exit code: polite signals, which the run may answer with a checkpoint, and one that is not
+signals = dict(reward=signal.SIGHUP, dpo=signal.SIGINT, ppo=signal.SIGTERM)
+
+def end(pid, number):
+    os.kill(pid, number)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
 kills = []
 for stage in stages(load_recipe(recipe)):
     pid = start(killed)
@@ -72,11 +79,13 @@ for stage in stages(load_recipe(recipe)):
         done, status = os.waitpid(pid, os.WNOHANG)
         if done or (Path(killed)/stage).is_dir(): break     # too late for this stage
         if working(stage):
-            os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
+            number = signals.get(stage, signal.SIGKILL)
+            code = end(pid, number)
+            assert code == (-number if number == signal.SIGKILL else 128 + number), (stage, code)
             kills.append(stage); done = True
             break
         time.sleep(.001)
-    if not done: os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
+    if not done: end(pid, signal.SIGKILL)
 assert os.waitstatus_to_exitcode(os.waitpid(start(killed), 0)[1]) == 0
 assert os.waitstatus_to_exitcode(os.waitpid(start(whole), 0)[1]) == 0
 print('killed in', *kills)
@@ -89,6 +98,9 @@ def runs(tiny, tmp_path_factory):
     r = subprocess.run([sys.executable, '-c', DRIVER, tiny, str(tmp/'whole'), str(tmp/'killed')], capture_output=True,
                        text=True, env=ENV, timeout=600)
     assert r.returncode == 0, r.stdout + r.stderr
+    for name in ('SIGHUP', 'SIGINT', 'SIGTERM'):
+        assert f'stopped by {name}; the same command goes on from here' in r.stderr, r.stderr
+    assert r.stderr.count('stopping at the next step, with a checkpoint') == 3 and 'Traceback' not in r.stderr
     return tmp/'whole', tmp/'killed', r.stdout.strip().splitlines()[-1].split()[2:]
 
 def without_seconds(path):
@@ -138,7 +150,7 @@ def test_report_is_self_contained_and_escaped(runs, tmp_path):
     assert '<script' not in html and '&lt;script&gt;alert(1)' in html
     links = re.findall(r'(?:src|href)\s*=\s*"([^"]{0,30})', html)
     assert len(links) == 10 and all(l.startswith('data:image/svg+xml;base64,') for l in links)
-    assert 'http' not in re.sub(r'base64,[^"]*', '', html)
+    assert '://' not in re.sub(r'base64,[^"]*', '', html)
 
 
 def test_report_shows_every_pair_by_the_functions_of_08_evaluate(runs):
@@ -479,7 +491,7 @@ def test_gaps_with_a_finished_reward_model(runs, tmp_path):
         assert (len(gaps) + sum(aside.values()) == len(pairs) and gaps.reward_chosen.tolist()
                 == pytest.approx(rm(gaps.prompt.tolist(), gaps.chosen.tolist()).tolist(), abs=1e-5))
         page = (folder/'report.html').read_text()
-        assert '<script>' not in page and 'http' not in page.replace('http://www.w3.org', '') and 'runs/' not in page
+        assert '<script>' not in page and '://' not in page.replace('http://www.w3.org', '') and 'runs/' not in page
 
 def test_gaps_with_second_labels(runs, tmp_path, capsys, monkeypatch):
     """Estimate in the report, on the terminal and in score/noise.json: that of `noise_rate` on the same gaps;
