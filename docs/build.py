@@ -169,6 +169,8 @@ def assemble(src):
     shutil.rmtree(src, ignore_errors=True)
     shutil.copytree(ROOT/'docs', src, ignore=shutil.ignore_patterns('*.py', 'start.md', '__pycache__'))
     shutil.copy(ROOT/'docs'/'conf.py', src)
+    for page in src.glob('*.md'):   # their links are those of the repository, so that they work there, too
+        page.write_text(page.read_text(encoding='utf-8').replace('](../nbs/', '](course/'), encoding='utf-8')
     copy_notebooks(src)
     course = groups()
     names = write_api(src, [n for _, part in course for n in part])

@@ -68,3 +68,12 @@ def test_every_promise_names_tests_that_are_there():
     there = {n.name for p in (ROOT/'tests').glob('test_*.py') for n in ast.walk(ast.parse(p.read_text(encoding='utf-8')))
              if isinstance(n, ast.FunctionDef)}
     assert len(named) > 30 and named <= there
+
+
+@pytest.mark.parametrize('path', sorted((ROOT/'docs').glob('g*.md')), ids=lambda p: p.stem)
+def test_links_work_in_the_repository_and_on_the_site(path, build, tmp_path):
+    links = re.findall(r'\]\(([^)#:]+)\)', path.read_text(encoding='utf-8'))
+    assert links and not [l for l in links if not (path.parent/l).is_file()]
+    build.assemble(tmp_path/'src')
+    page = (tmp_path/'src'/path.name).read_text(encoding='utf-8')
+    assert not [l for l in re.findall(r'\]\(([^)#:]+)\)', page) if not (tmp_path/'src'/l).is_file()]
