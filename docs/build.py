@@ -152,6 +152,11 @@ def readme(start, end):
     return text[text.index(start):text.index(end)].replace('](nbs/', '](course/')
 
 
+def on_site(text):
+    "A page of this folder, whose links work in the repository, with the links of the site"
+    return text.replace('](../nbs/', '](course/')
+
+
 def results_page(): return readme('## What we measured', '## What to expect')[1:]
 
 
@@ -169,8 +174,7 @@ def assemble(src):
     shutil.rmtree(src, ignore_errors=True)
     shutil.copytree(ROOT/'docs', src, ignore=shutil.ignore_patterns('*.py', 'start.md', '__pycache__'))
     shutil.copy(ROOT/'docs'/'conf.py', src)
-    for page in src.glob('*.md'):   # their links are those of the repository, so that they work there, too
-        page.write_text(page.read_text(encoding='utf-8').replace('](../nbs/', '](course/'), encoding='utf-8')
+    for page in src.glob('*.md'): page.write_text(on_site(page.read_text(encoding='utf-8')), encoding='utf-8')
     copy_notebooks(src)
     course = groups()
     names = write_api(src, [n for _, part in course for n in part])
