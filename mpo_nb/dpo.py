@@ -25,7 +25,7 @@ from mpo_nb.pairs import (
     adds_tokens, all_logps, ByLength, collate_pairs, encode_pairs, fastest_way, pair_length, plain_rows,
     reference_file, reference_key, shared_logps
 )
-from .arguments import each, model_card, model_from, taken, tokenizer_for, with_prompts
+from .arguments import each, model_from, name_of, taken, tokenizer_for, with_prompts, write_card
 from .losses import length_desensitized, Objective, PairLogps, wpo_weights
 from .training import disable_dropout, Metrics, new_adapter, without_adapter
 
@@ -146,11 +146,6 @@ def _check_models(model, ref_model, args):
     if getattr(model.config, 'is_encoder_decoder', False):
         raise UserError(f'{type(model).__name__} is an encoder-decoder: DPO here is for causal language models')
 
-# %% ../nbs/18_dpo.ipynb #a18c0008
-def _name_of(model):
-    "Last part of a model's id or folder"
-    return Path(str(model) if isinstance(model, (str, Path)) else model.config._name_or_path or 'model').name
-
 # %% ../nbs/18_dpo.ipynb #7129a9ad
 class DPOTrainer(Trainer):
     "DPO on `transformers.Trainer`: `DPOTrainer(model, args=DPOConfig(…), train_dataset=pairs, processing_class=tok)`"
@@ -172,7 +167,7 @@ class DPOTrainer(Trainer):
                  **kw):                     # Anything else of `Trainer`
         if data_collator is not None:
             raise UserError('data_collator: DPOTrainer puts pairs into batches itself; leave it out')
-        args = args or DPOConfig(f'{_name_of(model)}-DPO')
+        args = args or DPOConfig(f'{name_of(model)}-DPO')
         init = dict(args.model_init_kwargs or {})
         model, ref_model = model_from(model, init, quantization_config), ref_model and model_from(ref_model)
         _check_models(model, ref_model, args)
@@ -400,16 +395,8 @@ def log(self: DPOTrainer, logs, start_time=None):
 @patch
 def create_model_card(self: DPOTrainer, model_name=None, dataset_name=None, tags=None, **kw):
     "Write README.md into `output_dir`, as `push_to_hub` asks for it"
-    a, names = self.args, ('learning_rate', 'max_steps', 'num_train_epochs', *(f.name for f in fields(Objective)))
-    settings = {k: getattr(a, k) for k in names if getattr(a, k) is not None}
-    tags = [tags] if isinstance(tags, str) else list(tags or [])
-    rows = None if self.train_dataset is None else len(self.train_dataset)
-    base = self.model.config._name_or_path   # a folder of this machine means nothing to others
-    card = model_card(model_name or Path(a.output_dir).name, 'DPO', '2305.18290', '' if Path(base).exists() else base,
-                      settings, tags, rows)
-    if a.process_index: return
-    Path(a.output_dir).mkdir(parents=True, exist_ok=True)
-    with replacing(Path(a.output_dir)/'README.md') as tmp: tmp.write_text(card, encoding='utf-8')
+    names = 'learning_rate', 'max_steps', 'num_train_epochs', *(f.name for f in fields(Objective))
+    write_card(self, 'DPO', '2305.18290', self.model, names, model_name, tags)
 
 # %% ../nbs/18_dpo.ipynb #e4409b1f
 def implicit_margins(

@@ -24,15 +24,19 @@ from .actor_critic import ActorCritic, evaluate_samples, flush_rows, moved, Roll
 # %% ../nbs/20_ppo.ipynb #7abf9541
 LARGEST_SCORE = 1e12   # beyond this the square of a return doesn't fit into float32
 
-def as_scores(given, n: int) -> torch.Tensor: # what a reward has returned; number of completions -> [n] float64
+def as_scores(
+    given,                        # What a reward has returned
+    n: int,                       # Number of completions
+    who: str = 'reward function', # For messages
+) -> torch.Tensor:                # [n] float64
     "Scores as a tensor; `UserError` for anything that isn't one number for each completion"
     try: scores = torch.as_tensor(given, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError, OverflowError): scores = None
     if scores is None or 'complex' in str(getattr(given, 'dtype', '')):   # its real part would be taken
-        raise UserError(f'the reward function returned {type(given).__name__} {given!r:.60}: '
+        raise UserError(f'the {who} returned {type(given).__name__} {given!r:.60}: '
                         'return one number for each completion')
     if scores.shape != (n,):
-        raise UserError(f'the reward function returned shape {tuple(scores.shape)} for {n} '
+        raise UserError(f'the {who} returned shape {tuple(scores.shape)} for {n} '
                         f'completions: return one number for each')
     return scores.cpu()
 

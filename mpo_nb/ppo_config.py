@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['PPO_BOUNDS', 'combined_reward', 'chat_text', 'text_prompts', 'usable_prompts', 'rollout_rows', 'rollout_seed',
-           'next_kl_coef', 'shape_scores', 'follow', 'PracticeSettings', 'RolloutSettings', 'check_ppo_config',
-           'batch_sizes', 'PPOConfig', 'own_weights', 'trainable_copy', 'classifier_on', 'critic_start', 'make_critic',
-           'actor_critic_and_reference']
+           'next_kl_coef', 'shape_scores', 'follow', 'PracticeSettings', 'RolloutSettings', 'TRLNames', 'check_names',
+           'check_ppo_config', 'batch_sizes', 'PPOConfig', 'own_weights', 'trainable_copy', 'classifier_on',
+           'critic_start', 'make_critic', 'actor_critic_and_reference']
 
 # %% ../nbs/21_ppo_config.ipynb #81bb40d8
 import copy
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -24,35 +24,40 @@ from .logprobs import encode_prompt
 from mpo_nb.training import (
     bare, check_follows, check_trainable, disable_dropout, policy_and_reference, sharing_copy, with_adapter
 )
+from .pairs import TEMPLATE_FIELDS, template_kwargs
 from .reward import reward_model_from, RewardModel
 from .actor_critic import ActorCritic, trunk_of, ValueHead
 from .ppo import as_scores, ADVANTAGES, KL_ESTIMATORS, KL_PLACES, moments, option, PPOSettings
 
 # %% ../nbs/21_ppo_config.ipynb #96c6d1a8
-def combined_reward(reward): # `RewardModel`, function, or list of (weight, reward)
+def combined_reward(reward): # `RewardModel`, folder or Hub id of one, function, or list of (weight, one of these)
     "One function (prompts, completions) -> [N] floats"
     if isinstance(reward, PreTrainedModel):
         raise UserError('a reward given as a bare model has no tokenizer: pass RewardModel(model, tokenizer)')
+    if isinstance(reward, (str, Path)): return RewardModel.load(reward)
     if callable(reward): return reward
-    return lambda prompts, completions: sum(w * as_scores(r(prompts, completions), len(completions)) for w, r in reward)
+    parts = [(w, combined_reward(r)) for w, r in reward]
+    return lambda prompts, completions: sum(w * as_scores(r(prompts, completions), len(completions)) for w, r in parts)
 
 # %% ../nbs/21_ppo_config.ipynb #6f2b1480
 def chat_text(
-    chats: list,  # Lists of messages {role, content}
-    tok,          # Tokenizer
-    name: str,    # For error messages
-) -> list:        # Texts
+    chats: list,    # Lists of messages {role, content}
+    tok,            # Tokenizer
+    name: str,      # For error messages
+    more=({},),     # What the chat template takes besides, such as tools: for each chat, or one for all
+) -> list:          # Texts
     "Chats written out by the tokenizer's chat template, up to where the assistant's answer begins"
     if not tok.chat_template:
         raise UserError(f'the {name} prompts are chats, but the tokenizer has no chat template: '
                         f'set tok.chat_template, or give text')
     if bad := [i for i, p in enumerate(chats) if p[-1]['role'] == 'assistant']:
         raise UserError(f'the chat of {name} row {bad[0]} ends with the assistant: leave the answer out')
-    return [tok.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in chats]
+    more = more if len(more) == len(chats) else [*more]*len(chats)
+    return [tok.apply_chat_template(p, tokenize=False, add_generation_prompt=True, **kw) for p, kw in zip(chats, more)]
 
 # %% ../nbs/21_ppo_config.ipynb #91b69135
 def text_prompts(
-    ds: Dataset,         # Column prompt: text, or lists of messages {role, content}
+    ds: Dataset,         # Column prompt: text, or lists of messages {role, content} (then tools, …, too)
     tok,                 # Tokenizer
     name: str = 'train', # For error messages
 ) -> Dataset:            # The same with text prompts
@@ -64,7 +69,8 @@ def text_prompts(
     if bad := [i for i, p in enumerate(prompts) if not p]:
         raise UserError(f'the prompt of {name} row {bad[0]} is empty')
     if isinstance(prompts[0], str): return ds
-    texts = chat_text(prompts, tok, name)
+    columns = [ds[k][:] if k in ds.column_names else [None]*len(ds) for k in TEMPLATE_FIELDS]
+    texts = chat_text(prompts, tok, name, [template_kwargs(*row) for row in zip(*columns)])
     return Dataset.from_dict({k: texts if k == 'prompt' else ds[k][:] for k in ds.column_names})
 
 # %% ../nbs/21_ppo_config.ipynb #c477529c
@@ -158,6 +164,28 @@ class RolloutSettings:
     log_completions: int | None = option(
         None, 'Keep the completions of every so many rollouts in output_dir/completions.')
 
+# %% ../nbs/21_ppo_config.ipynb #72bcdd07
+@dataclass
+class TRLNames:
+    "Keys of TRL 1.12's `PPOConfig`; the help says what is said here instead"
+    response_length: int | None = option(None, 'max_new_tokens')
+    total_episodes: int | None = option(None, 'num_rollouts (of rollout_batch_size completions each)')
+    local_rollout_forward_batch_size: int | None = option(None, 'per_device_train_batch_size')
+    stop_token: str | None = option(None, 'nothing, since EOS always stops; stop_strings for more')
+    stop_token_id: int | None = option(None, "the tokenizer's eos_token")
+    num_sample_generations: int | None = option(None, 'log_completions, or eval_dataset')
+    sft_model_path: str | None = option(None, 'the model of the trainer')
+    reward_model_path: str | None = option(None, 'the reward of the trainer')
+    model_adapter_name: str | None = option(None, "the trainer's peft_config, or a model with an adapter")
+    ref_adapter_name: str | None = option(None, "nothing: without its adapter the model is the reference")
+    ds3_gather_for_generation: bool | None = option(None, 'nothing: ZeRO-3 is not supported')
+    exp_name: str | None = option(None, 'run_name')
+
+def check_names(a: TRLNames):
+    "`UserError` for a name of TRL's, with ours"
+    for f in fields(TRLNames):
+        if getattr(a, f.name) is not None: raise UserError(f'{f.name} is a name of TRL; say {f.metadata["help"]}')
+
 # %% ../nbs/21_ppo_config.ipynb #6b286f83
 PPO_BOUNDS = [
     ('rollout_batch_size num_ppo_epochs num_mini_batches num_generations max_new_tokens', lambda v, a: v >= 1,
@@ -208,14 +236,21 @@ def batch_sizes(a, world_size):
 
 # %% ../nbs/21_ppo_config.ipynb #93196bd9
 @dataclass
-class PPOConfig(PPOSettings, RolloutSettings, PracticeSettings, TrainingArguments):
+class PPOConfig(PPOSettings, RolloutSettings, PracticeSettings, TRLNames, TrainingArguments):
     "`TrainingArguments` and what PPO adds to them (defaults after the N+ study, arXiv 2403.17031)"
     learning_rate: float = option(3e-6, 'Peak learning rate of policy and critic.')
     remove_unused_columns: bool = option(False, 'PPO reads the prompt column itself.')
     logging_nan_inf_filter: bool = option(False, 'A NaN loss must be seen, not averaged away.')
     logging_steps: float | None = option(None, 'Optimizer steps between logs; by default one log a rollout.')
 
+    model_init_kwargs: dict | str | None = option(None, 'Keywords of from_pretrained for a model given by its name.')
+    pad_token: str | None = option(None, "Pad token to set; by default the tokenizer's own, or else EOS.")
+
+    # what the command line may write as JSON
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, 'model_init_kwargs']
+
     def __post_init__(self):
+        check_names(self)
         check_ppo_config(self)
         if self.logging_steps is None: self.logging_steps = self.steps_per_rollout
         self.max_grad_norm = self.max_grad_norm or 0.0
@@ -257,6 +292,7 @@ def classifier_on(
 # %% ../nbs/21_ppo_config.ipynb #a8a974fc
 def critic_start(value_model, policy, tok, seed, adapter):
     "The network that the critic starts as, not a copy: the given one, or by default a new head on the policy's trunk"
+    if isinstance(value_model, (str, Path)): value_model = RewardModel.load(value_model)
     if isinstance(value_model, RewardModel):
         if value_model.tok.get_vocab() != tok.get_vocab():
             raise UserError("the critic reads the policy's token ids, but the reward model has another vocabulary: "

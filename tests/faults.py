@@ -2,12 +2,13 @@
 
     python tests/faults.py RECIPE [--faults 50] [--seed 0] [--out FOLDER] [--key value ...]
 
-RECIPE and the keys are those of `mpo run`. Each time the run is started it is left alone for a random while; then one
-of these happens to it: SIGKILL, SIGTERM, SIGINT, SIGHUP; a disk with room for small files only; a second process on the
-same folder; and, between two starts, a byte of a finished stage that flips, a file of it that is cut or removed, a
-checkpoint that is cut. A run that ends before that makes a stage again (`--redo`). Damage to a stage must be named (exit
-code 2, one sentence) and is then taken back; after everything else the same command goes on. At the end evaluation
-and tables are those of the undisturbed run. Exit code 1, with the fault and what it said, where any of this isn't so."""
+RECIPE and the keys are those of `mpo run`. Each time the run is started it is left alone for a random while; then
+one of these happens to it: SIGKILL, SIGTERM, SIGINT, SIGHUP; a disk with room for small files only; a second process
+on the same folder; and, between two starts, a byte of a finished stage that flips, a file of it that is cut or
+removed, a checkpoint that is cut. A run that ends before that makes a stage again (`--redo`). Damage to a stage must
+be named (exit code 2, one sentence) and is then taken back; after everything else the same command goes on. At the
+end evaluation and tables are those of the undisturbed run. Exit code 1, with the fault and what it said, where any
+of this isn't so."""
 import argparse, contextlib, json, os, random, resource, shutil, signal, sys, tempfile, time
 from collections import Counter
 from pathlib import Path
@@ -58,7 +59,7 @@ class Harness:
     def __init__(self, recipe, keys, out, seed):
         self.out, self.rng, self.counts = Path(out), random.Random(seed), Counter()
         self.run, self.said = self.out/'disturbed', self.out/'said.txt'
-        self.argv = ['run', recipe, *keys, '--progress', 'lines', '--output_dir']
+        self.argv = ['run', recipe, *keys, '--output_dir']
 
     def whole(self):
         "The undisturbed run; its seconds"

@@ -65,7 +65,7 @@ def working(stage):
         return any((run/'checkpoints'/stage).glob('checkpoint-*/complete'))
     return run.is_dir() and any(run.glob(f'.{stage}.*'))
 
-# what ends the stage, and the exit code: polite signals, which the run may answer with a checkpoint, and one that is not
+# what ends a stage: polite signals, which the run answers with a checkpoint; the others end by one that is not
 signals = dict(reward=signal.SIGHUP, dpo=signal.SIGINT, ppo=signal.SIGTERM)
 
 def end(pid, number):

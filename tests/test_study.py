@@ -274,7 +274,8 @@ def test_tuning_gives_every_arm_as_many_trials():
         assert {k.split('.')[1] for k in keys} == {'dpo', 'dpo_easy', 'ppo', 'mpo'}
 
 
-@pytest.mark.parametrize('name, study', [('tune', 'tune'), ('refine', 'refine'), ('toy', 'toy'), ('toy_steps', 'toy')])
+@pytest.mark.parametrize('name, study', [('tune', 'tune'), ('refine', 'refine'), ('claims', 'claims'),
+                                         ('claims_steps', 'claims'), ('toy', 'toy'), ('toy_steps', 'toy')])
 def test_saved_results_are_of_the_studies_that_ship(name, study):
     "[fails when a recipe changes under its saved results: run the study again]"
     table = pd.read_parquet(Path(load_path('toy')).parent.parent/'saved'/f'{name}.parquet')
