@@ -31,6 +31,7 @@ def start(argv, said, room=None):
     "Process id of `mpo run` with these arguments; what it says goes to the file `said`"
     if (pid := os.fork()): return pid
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell's background jobs ignore it
     code = 70
     try:
         f = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

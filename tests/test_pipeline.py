@@ -53,6 +53,7 @@ def start(folder):
     pid = os.fork()
     if pid == 0:
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell's background jobs ignore it
         code = 1
         try: code = main(['run', recipe, '--output_dir', folder])
         finally: os._exit(code)
