@@ -1,6 +1,6 @@
 """Whatever stands in a file, a recipe, a command line or a judge's reply: the promised result, or one sentence.
 
-Each test makes FUZZ examples (the quick ones ten times as many), always the same 20 unless the environment says how
+Each test makes FUZZ examples (the quick ones ten times as many), always the same 10 unless the environment says how
 many; `make fuzz` makes thousands, others each time."""
 import contextlib
 import gzip
@@ -22,7 +22,7 @@ from mpo_nb.core import UserError, encodable, printable
 from mpo_nb.data import load_preferences, save_preferences
 from mpo_nb.keys import recipe_keys
 
-N = int(os.environ.get('FUZZ', 20))
+N = int(os.environ.get('FUZZ', 10))
 settings.register_profile('fuzz', max_examples=N, deadline=None, derandomize='FUZZ' not in os.environ, database=None,
                           suppress_health_check=list(HealthCheck))
 settings.load_profile('fuzz')
