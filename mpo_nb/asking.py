@@ -17,6 +17,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from .core import append_jsonl, file_lock, read_jsonl, UserError
+from .sources import unique_keys
 from .compare import swap
 
 # %% ../nbs/29_asking.ipynb #83523b88
@@ -70,19 +71,13 @@ class Unreadable(ValueError): "A reply without a verdict"
 
 LABELS = {'a': 'A', 'b': 'B', 'tie': 'tie'}
 
-def _only_once(pairs):
-    "JSON object without double keys"
-    if len({k for k, _ in pairs}) < len(pairs): raise Unreadable('JSON with a key twice')
-    return dict(pairs)
-
 # %% ../nbs/29_asking.ipynb #31353f16
 def read_json_verdict(
     text:str,   # of the reply
 )->tuple:       # label (A, B or tie: as shown), reason
     "Label and reason of a JSON reply; raises `Unreadable`"
-    try: d = json.loads(text, object_pairs_hook=_only_once)
-    except Unreadable: raise
-    except (ValueError, RecursionError): raise Unreadable('not valid JSON') from None
+    try: d = json.loads(text, object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError): raise Unreadable('not valid JSON, or a key twice') from None
     if not isinstance(d, dict) or set(d) != {'reason', 'verdict'}:
         raise Unreadable(f'JSON with the keys {", ".join(sorted(map(str, d))) if isinstance(d, dict) else "(none)"}, '
                          f'not reason and verdict')

@@ -385,7 +385,7 @@ def main(
     except UserError as e: print(f'mpo: {e}', file=sys.stderr); return 2
     except OSError as e: print(f'mpo: {os_sentence(e)}', file=sys.stderr); return 2
     except KeyboardInterrupt as e:
-        print(f'mpo: {e if str(e) else "stopped"}; the same command goes on from here', file=sys.stderr)
+        print(f'mpo: {str(e) or "stopped"}; the same command goes on from here', file=sys.stderr)
         return 128 + getattr(e, 'number', 2)
 
 # %% ../nbs/48_cli.ipynb #23e762f0

@@ -44,7 +44,7 @@ def chat_text(
     chats: list,    # Lists of messages {role, content}
     tok,            # Tokenizer
     name: str,      # For error messages
-    more=({},),     # What the chat template takes besides, such as tools: for each chat, or one for all
+    more=None,      # For each chat: what the chat template takes besides, such as tools
 ) -> list:          # Texts
     "Chats written out by the tokenizer's chat template, up to where the assistant's answer begins"
     if not tok.chat_template:
@@ -52,8 +52,8 @@ def chat_text(
                         f'set tok.chat_template, or give text')
     if bad := [i for i, p in enumerate(chats) if p[-1]['role'] == 'assistant']:
         raise UserError(f'the chat of {name} row {bad[0]} ends with the assistant: leave the answer out')
-    more = more if len(more) == len(chats) else [*more]*len(chats)
-    return [tok.apply_chat_template(p, tokenize=False, add_generation_prompt=True, **kw) for p, kw in zip(chats, more)]
+    return [tok.apply_chat_template(p, tokenize=False, add_generation_prompt=True, **kw)
+            for p, kw in zip(chats, more or [{}]*len(chats))]
 
 # %% ../nbs/21_ppo_config.ipynb #91b69135
 def text_prompts(

@@ -161,6 +161,12 @@ def _averages(self: PPOTrainer, sums):
 
 # %% ../nbs/22_ppo_trainer.ipynb #b1a360ee
 @patch
+def _monitored(self: PPOTrainer, samples):
+    "name -> [N] of each monitor"
+    return {name: as_scores(m(samples.prompts, samples.completions), len(samples), f'monitor {name}')
+            for name, m in self.monitors.items()}
+
+@patch
 def _sample_and_score(self: PPOTrainer, prompts, seed, places=None):
     "A rollout, its scores [N], and the log entries of both"
     a, samples = self.args, self._sample(prompts, seed, places)
@@ -169,9 +175,7 @@ def _sample_and_score(self: PPOTrainer, prompts, seed, places=None):
         rollout = evaluate_samples(self.model, self.ref_model, samples, self.processing_class.pad_token_id,
                                    a.temperature, a.per_device_train_batch_size, a.device)
     sums = rollout_sums(rollout, scores, self.kl_coef)
-    for name, monitor in self.monitors.items():
-        seen = as_scores(monitor(samples.prompts, samples.completions), len(samples), f'monitor {name}')
-        sums[f'objective/{name}'] = float(seen.sum()), len(samples)
+    sums |= {f'objective/{k}': (float(seen.sum()), len(samples)) for k, seen in self._monitored(samples).items()}
     return rollout, scores, self._averages(sums)
 
 # %% ../nbs/22_ppo_trainer.ipynb #984a93f4
@@ -225,7 +229,7 @@ def _keep_completions(self: PPOTrainer, k, rollout, scores):
     s, kl = rollout.samples, masked_sum(kl_k1(rollout.logprobs, rollout.ref_logprobs), rollout.mask, 1)
     rows = dict(rollout=[k] * len(s), prompt=s.prompts, completion=s.completions, score=scores.tolist(), kl=kl.tolist(),
                 tokens=[len(c) for c in s.completion_ids], ended=s.ended)
-    rows |= {name: as_scores(m(s.prompts, s.completions), len(s)).tolist() for name, m in self.monitors.items()}
+    rows |= {name: seen.tolist() for name, seen in self._monitored(s).items()}
     path = Path(self.args.output_dir)/'completions'/f'rollout-{k:06d}.parquet'
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as tmp: Dataset.from_dict(rows).to_pandas().to_parquet(tmp, index=False)
