@@ -122,12 +122,14 @@ class Harness:
         path.write_bytes(path.read_bytes()[:self.rng.randrange(path.stat().st_size)])
         self.counts['checkpoint cut'] += 1
 
+    def faults(self): return sum(self.counts.values()) - self.counts['nothing']
+
     def disturb_and_finish(self, n):
-        while sum(self.counts.values()) < n:
+        while self.faults() < n:
             self.disturb()
             self.rng.choice([self.damage, self.cut_checkpoint, lambda: None])()
-            print(f'{sum(self.counts.values())} of {n}: {dict(self.counts)}', file=sys.stderr)
-        self.check('end', ended(start([*self.argv, str(self.run)], self.said), 1e9), {0})
+            print(f'{self.faults()} of {n}: {dict(self.counts)}', file=sys.stderr)
+        self.check('nothing', ended(start([*self.argv, str(self.run)], self.said), 1e9), {0})
 
     def compare(self):
         import pandas as pd
@@ -145,6 +147,7 @@ def main(argv=None):
     p.add_argument('--seed', type=int, default=0); p.add_argument('--out')
     args, keys = p.parse_known_args(argv)
     out = Path(args.out or tempfile.mkdtemp(prefix='faults-'))
+    out.mkdir(parents=True, exist_ok=True)
     import_everything()
     h = Harness(args.recipe, keys, out, args.seed)
     h.whole()
