@@ -438,6 +438,9 @@ def test_mpo_eval_bad_files(tmp_path, capsys):
     with pytest.raises(UserError, match="no column 'gold'"): call('eval', [write(df), '--scores', '[gold]'])
     with pytest.raises(UserError, match='does not hold numbers'): call('eval', [write(df), '--scores', '[prompt]'])
     with pytest.raises(UserError, match='colour'): call('eval', [write(df), '--colour', 'red'])
+    df.to_parquet(cut := tmp_path/'cut.parquet')
+    cut.write_bytes(cut.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r'cut\.parquet is not valid parquet'): call('eval', [str(cut)])
     with pytest.raises(UserError, match='does not exist'): call('eval', [str(tmp_path/'none.jsonl')])
     assert (call('eval', [write(df.drop(index=3)), '--common', '--output-dir', str(tmp_path/'o')]) == 0
             and '--common' not in capsys.readouterr().out)

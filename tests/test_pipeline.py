@@ -334,6 +334,8 @@ def test_two_runs_in_one_folder(tmp_path, tiny, capsys):
     (['toy', '--gap.disagree', 'maybe'], '`gap.disagree` should be'),
     (['toy', '--seed'], 'seed'),
     (['toy', 'hh-rlhf'], 'hh-rlhf'),
+    (['toy', '--policies.mpo.kl_coef', '"'], '`policies.mpo.kl_coef`, line 1: not valid YAML'),
+    (['toy', '--betta\n', '1'], r'unknown key `betta\n`'),
     (['toys'], "no recipe 'toys'"),
     (['nowhere.yaml'], 'nowhere.yaml does not exist'),
     (['--seed', '1', 'toy'], 'first say which recipe'),
