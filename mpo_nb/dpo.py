@@ -7,7 +7,7 @@ __all__ = ['NotTaken', 'DPOConfig', 'DPOTrainer', 'implicit_margins']
 
 # %% ../nbs/18_dpo.ipynb #5286eea9
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -25,32 +25,30 @@ from mpo_nb.pairs import (
     adds_tokens, all_logps, ByLength, collate_pairs, encode_pairs, fastest_way, pair_length, plain_rows,
     reference_file, reference_key, shared_logps
 )
-from .arguments import each, model_from, name_of, taken, tokenizer_for, with_prompts, write_card
+from .arguments import each, model_from, name_of, option, taken, tokenizer_for, with_prompts, write_card
 from .losses import length_desensitized, Objective, PairLogps, wpo_weights
 from .training import disable_dropout, Metrics, new_adapter, without_adapter
 
 # %% ../nbs/18_dpo.ipynb #a18c0001
-def _option(default, help): return field(default=default, metadata={'help': help})
-
 @dataclass
 class NotTaken:
     "Keys of TRL's `DPOConfig` with the one value that they may have here; the help says what to do instead"
-    trust_remote_code: bool = _option(False, 'code that comes with a model is never run; leave it out')
-    router_aux_loss_coef: float | None = _option(
+    trust_remote_code: bool = option(False, 'code that comes with a model is never run; leave it out')
+    router_aux_loss_coef: float | None = option(
         None, "a mixture of experts is trained without its balancing loss; leave it out, or use TRL's trainer")
-    disable_dropout: bool = _option(
+    disable_dropout: bool = option(
         True, 'policy and reference must be the same function at the start, so dropout is off; leave it out')
-    dataset_num_proc: int | None = _option(
+    dataset_num_proc: int | None = option(
         None, 'pairs are tokenized in one call that uses all cores by itself; leave it out')
-    padding_free: bool = _option(False, 'share_prefix saves more than padding costs; leave it out')
-    pad_to_multiple_of: int | str | None = _option(None, 'rows are as wide as their longest pair; leave it out')
-    precompute_ref_log_probs: bool = _option(
+    padding_free: bool = option(False, 'share_prefix saves more than padding costs; leave it out')
+    pad_to_multiple_of: int | str | None = option(None, 'rows are as wide as their longest pair; leave it out')
+    precompute_ref_log_probs: bool = option(
         True, 'the reference is always computed before the first step, and kept by cache_reference; leave it out')
-    activation_offloading: bool = _option(False, 'use activation_checkpointing to save memory')
-    sync_ref_model: bool = _option(
+    activation_offloading: bool = option(False, 'use activation_checkpointing to save memory')
+    sync_ref_model: bool = option(
         False, 'the reference stays what it was at the start; train in rounds, each from the model of the last one')
-    ref_model_mixup_alpha: float = _option(0.6, 'it belongs to sync_ref_model, which is not supported; leave it out')
-    ref_model_sync_steps: int = _option(512, 'it belongs to sync_ref_model, which is not supported; leave it out')
+    ref_model_mixup_alpha: float = option(0.6, 'it belongs to sync_ref_model, which is not supported; leave it out')
+    ref_model_sync_steps: int = option(512, 'it belongs to sync_ref_model, which is not supported; leave it out')
 
 # %% ../nbs/18_dpo.ipynb #a18c0002
 @patch
@@ -64,41 +62,41 @@ def check_not_taken(self: NotTaken):
 @dataclass
 class DPOConfig(NotTaken, TrainingArguments):
     "`TrainingArguments` and what DPO adds to them"
-    learning_rate: float = _option(1e-6, 'Peak learning rate.')
-    beta: float = _option(
+    learning_rate: float = option(1e-6, 'Peak learning rate.')
+    beta: float = option(
         0.1, 'Strength of the KL term: smaller values let the policy move further from the reference.')
-    loss_type: str | list[str] = _option('sigmoid', 'A row of the table of losses, or several that are added.')
-    loss_weights: list[float] | None = _option(None, 'A weight for each of several losses; by default 1.')
-    label_smoothing: float = _option(0.0, 'Expected share of wrong labels (sigmoid: cDPO; robust, exo_pair, aot).')
-    discopop_tau: float = _option(0.05, 'Width of the gate of the loss discopop.')
-    rpo_alpha: float | None = _option(None, 'Weight of an added loss sft (RPO).')
-    f_divergence_type: str = _option(
+    loss_type: str | list[str] = option('sigmoid', 'A row of the table of losses, or several that are added.')
+    loss_weights: list[float] | None = option(None, 'A weight for each of several losses; by default 1.')
+    label_smoothing: float = option(0.0, 'Expected share of wrong labels (sigmoid: cDPO; robust, exo_pair, aot).')
+    discopop_tau: float = option(0.05, 'Width of the gate of the loss discopop.')
+    rpo_alpha: float | None = option(None, 'Weight of an added loss sft (RPO).')
+    f_divergence_type: str = option(
         'reverse_kl', 'Divergence from the reference: reverse_kl, forward_kl, js_divergence, alpha_divergence.')
-    f_alpha_divergence_coef: float = _option(0.5, 'Alpha of the alpha_divergence.')
-    ld_alpha: float | None = _option(
+    f_alpha_divergence_coef: float = option(0.5, 'Alpha of the alpha_divergence.')
+    ld_alpha: float | None = option(
         None, 'Weight, in [0, 1], of tokens beyond the length of the shorter answer (LD-DPO).')
-    use_weighting: bool = _option(False, 'Weigh pairs by how likely the policy is to write them (WPO).')
-    max_length: int | None = _option(
+    use_weighting: bool = option(False, 'Weigh pairs by how likely the policy is to write them (WPO).')
+    max_length: int | None = option(
         1024, 'Longest prompt + completion in tokens; longer pairs are set aside and counted.')
-    max_prompt_length: int | None = _option(None, 'Keep this many tokens from the end of each prompt.')
-    max_completion_length: int | None = _option(None, 'Cut completions behind so many tokens.')
-    truncation_mode: str | None = _option(
+    max_prompt_length: int | None = option(None, 'Keep this many tokens from the end of each prompt.')
+    max_completion_length: int | None = option(None, 'Cut completions behind so many tokens.')
+    truncation_mode: str | None = option(
         None, 'keep_start: cut completions to what max_length leaves, as TRL does; by default no pair is cut for it.')
-    model_init_kwargs: dict | str | None = _option(None, 'Keywords of from_pretrained for a model given by its name.')
-    pad_token: str | None = _option(None, 'Pad token to set; by default the tokenizer\'s own, or else EOS.')
-    precompute_ref_batch_size: int | None = _option(
+    model_init_kwargs: dict | str | None = option(None, 'Keywords of from_pretrained for a model given by its name.')
+    pad_token: str | None = option(None, 'Pad token to set; by default the tokenizer\'s own, or else EOS.')
+    precompute_ref_batch_size: int | None = option(
         None, 'Pairs at a time in the reference pass; by default the larger of the two batch sizes.')
-    reference_free: bool = _option(False, 'Compare with a uniform reference: its log-probs count as 0.')
-    share_prefix: bool = _option(True, 'Compute each prompt once for both completions, where the model allows it.')
-    cache_reference: bool = _option(
+    reference_free: bool = option(False, 'Compare with a uniform reference: its log-probs count as 0.')
+    share_prefix: bool = option(True, 'Compute each prompt once for both completions, where the model allows it.')
+    cache_reference: bool = option(
         True, 'Keep the reference log-probs on disk (16 bytes per pair, in MPO_NB_CACHE or ~/.cache/mpo_nb) '
               'and read them if weights, tokens and settings are the same.')
-    train_sampling_strategy: str = _option(
+    train_sampling_strategy: str = option(
         'group_by_length',
         'group_by_length: pairs of similar length together, in shuffled batches; random; sequential.')
-    remove_unused_columns: bool = _option(False, 'Columns are chosen by the collator.')
-    logging_nan_inf_filter: bool = _option(False, 'A NaN loss must be seen, not averaged away.')
-    logging_steps: float = _option(10, 'Log every so many steps.')
+    remove_unused_columns: bool = option(False, 'Columns are chosen by the collator.')
+    logging_nan_inf_filter: bool = option(False, 'A NaN loss must be seen, not averaged away.')
+    logging_steps: float = option(10, 'Log every so many steps.')
 
     # what the command line may write as JSON
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, 'model_init_kwargs']

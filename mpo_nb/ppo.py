@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['LARGEST_SCORE', 'KL_ESTIMATORS', 'ADVANTAGES', 'KL_PLACES', 'as_scores', 'checked_scores', 'token_rewards', 'gae',
            'over_tokens', 'rloo', 'AdvantageEstimator', 'moments', 'whiten', 'policy_loss', 'value_loss', 'kl_loss',
-           'kl_prices', 'option', 'PPOSettings', 'repeat_each', 'estimate_advantages', 'Experience', 'minibatch',
-           'outputs_of', 'critic_terms', 'ppo_losses', 'ppo_loss', 'ppo_loop']
+           'kl_prices', 'PPOSettings', 'repeat_each', 'estimate_advantages', 'Experience', 'minibatch', 'outputs_of',
+           'critic_terms', 'ppo_losses', 'ppo_loss', 'ppo_loop']
 
 # %% ../nbs/20_ppo.ipynb #af346a5c
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Callable, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from torch import nn
 from .core import UserError
 from .logprobs import Batch, kl_k1, kl_k2, kl_k3, masked_sum
 from .sampling import sample
+from .arguments import option
 from .actor_critic import ActorCritic, evaluate_samples, flush_rows, moved, Rollout
 
 # %% ../nbs/20_ppo.ipynb #7abf9541
@@ -175,11 +176,6 @@ KL_PLACES = 'reward', 'loss'
 def kl_prices(kl_coef, kl_in):
     "(β in the reward, β in the loss), one of them 0"
     return (kl_coef, 0.) if kl_in == 'reward' else (0., kl_coef)
-
-# %% ../nbs/20_ppo.ipynb #f0778bf9
-def option(default, help):
-    "A field of a settings class, with its help text"
-    return field(default=default, metadata={'help': help})
 
 # %% ../nbs/20_ppo.ipynb #1de42823
 @dataclass

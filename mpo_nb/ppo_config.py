@@ -24,10 +24,11 @@ from .logprobs import encode_prompt
 from mpo_nb.training import (
     bare, check_follows, check_trainable, disable_dropout, policy_and_reference, sharing_copy, with_adapter
 )
+from .arguments import option
 from .pairs import TEMPLATE_FIELDS, template_kwargs
 from .reward import reward_model_from, RewardModel
 from .actor_critic import ActorCritic, trunk_of, ValueHead
-from .ppo import as_scores, ADVANTAGES, KL_ESTIMATORS, KL_PLACES, moments, option, PPOSettings
+from .ppo import as_scores, ADVANTAGES, KL_ESTIMATORS, KL_PLACES, moments, PPOSettings
 
 # %% ../nbs/21_ppo_config.ipynb #96c6d1a8
 def combined_reward(reward): # `RewardModel`, folder or Hub id of one, function, or list of (weight, one of these)
