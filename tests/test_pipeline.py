@@ -457,6 +457,34 @@ def test_users_own_file(local_model, rows, tmp_path):
     assert aside.reason.tolist() == ['equal completions'] and 'row' in aside
     assert 'report.html' in r.stdout and 'mpo' in r.stdout
 
+CHATML = ("{% for m in messages %}{{ '<' + m.role + '>' + m.content + eos_token }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}")
+
+def test_a_chat_model_is_asked_in_its_own_spelling(local_model, tmp_path):
+    """Text of the user's is rendered once, by the template; a pair that it refuses is set aside, and `data.chat` false
+    leaves the text as it is [fails when pairs are not rendered before they are measured]"""
+    from transformers import AutoTokenizer
+    from mpo_nb.checks import recipe_tokenizer
+    from mpo_nb.prepare import fitting_pairs
+    tok = AutoTokenizer.from_pretrained(local_model)
+    refuse = "{% if 'TERRIBLE' in messages[0].content %}{{ raise_exception('not that') }}{% endif %}"
+    tok.chat_template = refuse + CHATML
+    shutil.copytree(local_model, tmp_path/'chat'); tok.save_pretrained(tmp_path/'chat')
+    rows = [dict(prompt=f'\n\nHuman: {q}\n\nAssistant:', chosen=' Dogs eat meat.', rejected=' No.')
+            for q in ('Tell me about dogs.', 'Tell me of TERRIBLE dogs.')]
+    pd.DataFrame(rows).to_json(tmp_path/'rows.jsonl', orient='records', lines=True)
+    recipe = write_recipe(tmp_path/'r.yaml', data=dict(source=str(tmp_path/'rows.jsonl'), max_prompt_length=64,
+                                                       max_completion_length=24), model=dict(name=str(tmp_path/'chat')))
+    r = load_recipe(recipe)
+    kept, counts = fitting_pairs(r, tmp_path, recipe_tokenizer(r))
+    assert kept['prompt'] == [f'<user>Tell me about dogs.{tok.eos_token}<assistant>']
+    assert kept['chosen'] == ['Dogs eat meat.'] and kept['rejected'] == ['No.']
+    (why, n), = counts['set_aside'].items()
+    assert n == 1 and why.endswith('refuses a chat: not that')
+    assert len(pd.read_parquet(tmp_path/'set_aside_refused.parquet')) == 1
+    r = load_recipe(recipe, data=dict(chat=False))
+    assert fitting_pairs(r, tmp_path, recipe_tokenizer(r))[0]['prompt'] == [row['prompt'] for row in rows]
+
 # --- gaps alone
 
 LENGTHS = ['--data.max_prompt_length', '40', '--data.max_completion_length', '24']
