@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OFFSET', 'MADE_BY', 'TOY_SIZE', 'TOY_REWARD', 'bradley_terry_loss', 'reward_model_from', 'last_token_scores',
            'score_ids', 'pair_scores', 'sharing_pays', 'shares_prompt', 'load_classifier', 'RewardModel',
-           'tokenize_pairs', 'train_reward', 'toy_setup']
+           'weights_fingerprint', 'tokenize_pairs', 'train_reward', 'toy_setup']
 
 # %% ../nbs/14_reward.ipynb #b28f6f6f
 import copy, hashlib, inspect, json, os, time
@@ -308,19 +308,22 @@ def load(cls: RewardModel, path, tok=None, **kw):
                     f'copy the whole folder')
 
 # %% ../nbs/14_reward.ipynb #72dcb1af
+def weights_fingerprint(model, tok, *more) -> str:
+    "Hash of a model's weights and configuration, its tokenizer, and anything `more` that JSON can hold"
+    # set by saving
+    config = {k: v for k, v in model.config.to_dict().items()
+              if k not in ('_name_or_path', 'transformers_version', 'architectures', 'dtype', 'offset_file')}
+    words = tok.backend_tokenizer.to_str() if tok.is_fast else sorted(tok.get_vocab().items())
+    special = tok.bos_token_id, tok.eos_token_id, tok.pad_token_id
+    h = hashlib.sha256(json.dumps([config, words, special, *more], sort_keys=True, default=str).encode())
+    for k, v in sorted(model.state_dict().items()):
+        h.update(k.encode() + v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()
+
 @patch
 def fingerprint(self: RewardModel) -> str:
     "Hash of all that scores depend on: weights, configuration, tokenizer, offset, longest text"
-    # set by saving
-    config = {k: v for k, v in self.model.config.to_dict().items()
-              if k not in ('_name_or_path', 'transformers_version', 'architectures', 'dtype', 'offset_file')}
-    words = self.tok.backend_tokenizer.to_str() if self.tok.is_fast else sorted(self.tok.get_vocab().items())
-    special = self.tok.bos_token_id, self.tok.eos_token_id, self.tok.pad_token_id
-    h = hashlib.sha256(json.dumps([config, words, special, self.offset, self.max_length], sort_keys=True,
-                                  default=str).encode())
-    for k, v in sorted(self.model.state_dict().items()):
-        h.update(k.encode() + v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return h.hexdigest()
+    return weights_fingerprint(self.model, self.tok, self.offset, self.max_length)
 
 # %% ../nbs/14_reward.ipynb #4e593556
 def tokenize_pairs(

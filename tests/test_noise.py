@@ -1,4 +1,4 @@
-"17_noise: what probability a gap stands for, and how many labels are wrong."
+"18_noise: what probability a gap stands for, and how many labels are wrong."
 import numpy as np
 import pytest
 

@@ -1,4 +1,4 @@
-"16_sets: every named set is what its line says, drawn independently of the other lines, and checked before a run."
+"17_sets: every named set is what its line says, drawn independently of the other lines, and checked before a run."
 import math
 
 import numpy as np
