@@ -39,6 +39,9 @@ def check_split(r: Recipe):
     if r.gap.folds is not None and r.reward.name:
         raise UserError(f'`gap.folds` is {r.gap.folds}: a finished reward model (`reward.name`) has no folds; '
                         'leave one of the two out')
+    if r.reward.layer and r.reward.name:
+        raise UserError(f'`reward.layer` is {r.reward.layer}, which makes a reward model, and `reward.name` gives a '
+                        'finished one: leave one of the two out')
     if r.reward.pairs is not None and (r.gap.folds is not None or r.reward.name):
         raise UserError(f'`reward.pairs` is {r.reward.pairs}, and with `gap.folds` or `reward.name` it would not hold '
                         'for every reward model: leave one of them out')
@@ -191,6 +194,8 @@ def check_models(r: Recipe):
         config = read_config(r.model.name, 'model.name')
         writes_chats(r, recipe_tokenizer(r))
         check_lengths(r, config)
+        if (r.reward.layer or 0) > config.num_hidden_layers:
+            raise UserError(f'`reward.layer` is {r.reward.layer}: {r.model.name} has {config.num_hidden_layers} layers')
     check_adapters(r)
     if r.reward.name: check_scorer(r.reward.name, 'reward.name')
     if isinstance(r.eval.judge, str) and r.eval.judge != 'gold': check_scorer(r.eval.judge, 'eval.judge')

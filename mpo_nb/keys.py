@@ -128,10 +128,13 @@ class SFTKeys(TrainingKeys):
 # %% ../nbs/37_keys.ipynb #7b42096a
 @dataclass
 class RewardKeys(TrainingKeys):
-    "Bradley-Terry reward model, started from the SFT model"
+    "Bradley-Terry reward model, started from the SFT model, or linear in what a frozen one reads"
     name: str | None = key(None, 'folder or Hub id of a finished reward model (one label); null: train one')
     pairs: int | None = key(
         None, 'train it on so many of the training pairs, drawn at random; null: on all', at_least(10))
+    layer: int | None = key(
+        None, 'train no weights: a linear reward model on hidden states behind this layer of the frozen model, in '
+              'minutes on a CPU; about two thirds of the way up is a good start; null: train the model', at_least(1))
 
 # %% ../nbs/37_keys.ipynb #e9e98604
 @dataclass

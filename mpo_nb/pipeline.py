@@ -59,14 +59,14 @@ def sampled_pairs(
     prompts: list,  # To answer
 ) -> tuple:         # As from `prefer_higher`
     "A policy's answers, labelled by the run's reward model; `UserError` where no pair is left"
-    from mpo_nb.reward import RewardModel
+    from mpo_nb.features import load_reward
     from mpo_nb.sampling import sample
     r, sampler = work.r, sampler_of(work.r.gap.sets, name)
     model, tok = load_policy(r, work.run/sampler)
     seeds = np.random.SeedSequence([r.seed, zlib.crc32(name.encode())]).generate_state(2).tolist()
     both = [sample(model, tok, prompts, r.data.max_completion_length, temperature=r.data.temperature, seed=s,
                    batch_size=256).completions for s in seeds]
-    pairs, counts = prefer_higher(prompts, *both, RewardModel.load(work.run/'reward'))
+    pairs, counts = prefer_higher(prompts, *both, load_reward(work.run/'reward'))
     if len(pairs): return pairs, counts
     raise UserError(f'gap.sets.{name} has no pairs: {sampler} gave equal answers, or answers of equal score, to all '
                     f'{len(prompts)} prompts; raise data.temperature')
@@ -118,18 +118,20 @@ def train_dpo_policy(work: Work, p: Policy, pairs):
 def critic_from(reward, tok, args):
     "What the critic starts from: the reward model, where the estimator has a critic and the token ids are the same"
     from mpo_nb.ppo import ADVANTAGES
+    from mpo_nb.reward import RewardModel
     if not ADVANTAGES[args.advantage_estimator].critic or args.share_trunk: return None
-    return reward if reward.tok.get_vocab() == tok.get_vocab() else None
+    same_ids = isinstance(reward, RewardModel) and reward.tok.get_vocab() == tok.get_vocab()
+    return reward if same_ids else None
 
 # %% ../nbs/46_pipeline.ipynb #dea7a1f8
 def train_ppo_policy(work: Work, p: Policy, pairs):
     "PPO on the prompts of a set, against the reward model or the gold reward; the critic starts from the reward model"
     from mpo_nb.ppo_config import PPOConfig
     from mpo_nb.ppo_trainer import PPOTrainer, save_part
-    from mpo_nb.reward import RewardModel
+    from mpo_nb.features import load_reward
     from mpo_nb.training import trainer_defaults
     model, ref, tok = start_and_reference(work, p)
-    reward, world = RewardModel.load(work.run/'reward'), the_world(work.r)
+    reward, world = load_reward(work.run/'reward'), the_world(work.r)
     prompts = pairs.select_columns('prompt')
     args = PPOConfig(**trainer_defaults(**arguments(work, p.keys) | p.keys['args']),
                      max_new_tokens=work.r.data.max_completion_length)
@@ -198,7 +200,7 @@ def eval_prompts(work: Work) -> list:
 def sample_policies(work: Work, names: list, judge):
     "One sample of every policy for every held-out prompt, scored by the judge and by the reward model"
     from mpo_nb.evaluate import add_scores, evaluate_policies
-    from mpo_nb.reward import RewardModel
+    from mpo_nb.features import load_reward
     r, (sft, tok) = work.r, load_policy(work.r, work.run/'sft')
     def policy(name):
         work.progress.step(names.index(name))
@@ -207,7 +209,7 @@ def sample_policies(work: Work, names: list, judge):
     df = evaluate_policies({n: partial(policy, n) for n in names}, tok, eval_prompts(work), judge, sft,
                            max_new_tokens=r.data.max_completion_length, temperature=r.eval.temperature, seed=work.seed,
                            batch_size=r.eval.batch_size)
-    return add_scores(df, RewardModel.load(work.run/'reward'), 'reward')
+    return add_scores(df, load_reward(work.run/'reward'), 'reward')
 
 # %% ../nbs/46_pipeline.ipynb #1c91d477
 def win_rows(table) -> list: # of `Comparison.table`

@@ -7,8 +7,8 @@ __all__ = ['JUDGE_SEED', 'SFT_SEED', 'LENGTHS', 'cut_prompt', 'too_long', 'fit_l
            'split_pairs', 'stage_data', 'pairs_of', 'hash_once', 'outside_files', 'source_hashes', 'outside', 'device',
            'base_model', 'load_policy', 'save_policy', 'fresh_adapter', 'lengths', 'arguments', 'last_logged',
            'fit_sft', 'as_demonstrations', 'demonstrations_of', 'stage_sft', 'stage_pairs', 'fit_reward', 'save_reward',
-           'reward_pairs', 'stage_reward', 'stage_judge', 'the_judge', 'scored_pairs', 'split_scored', 'write_split',
-           'stage_gaps']
+           'reward_pairs', 'reward_base', 'stage_reward', 'stage_judge', 'the_judge', 'scored_pairs', 'split_scored',
+           'write_split', 'stage_gaps']
 
 # %% ../nbs/45_prepare.ipynb #3c3861ec
 import re
@@ -233,7 +233,7 @@ def arguments(
     keys: dict,    # Keys of a section or policy
 ) -> dict:         # Keywords of `TrainingArguments` and of the method's own configuration
     "Keywords of a training stage"
-    keys = {k: v for k, v in keys.items() if k not in ('name', 'args', 'pairs', 'scores')}
+    keys = {k: v for k, v in keys.items() if k not in ('name', 'args', 'pairs', 'layer', 'scores')}
     out = str(checkpoint_folder(work))
     return keys | dict(seed=work.seed, output_dir=out, save_strategy='steps', save_total_limit=2)
 
@@ -293,10 +293,14 @@ def fit_reward(
     base,        # (model, tokenizer) it starts from
     train,       # Pairs
     fold=None,   # Number of the fold
-):               # (`RewardModel`, log)
+):               # (`RewardModel` or `FeatureReward`, log)
     "Train a reward model inside a stage"
+    from mpo_nb.features import Features, fit_feature_reward
     from mpo_nb.reward import RewardModel, reward_model_from, train_reward
     model, tok = base
+    if layer := work.r.reward.layer:
+        home = '../sft' if Path(model.name_or_path) == work.run/'sft' else None   # a run may move as a whole
+        return fit_feature_reward(Features(model, tok, layer, home=home), train, seed=work.seed), []
     args = arguments(work, vars(work.r.reward)) | work.r.reward.args
     if fold is not None: args |= dict(seed=args['seed'] + 1000*fold, output_dir=f"{args['output_dir']}/fold-{fold}")
     if hasattr(model, 'peft_config'): model = model.merge_and_unload()
@@ -324,11 +328,16 @@ def reward_pairs(work: Work):
     if n > len(pairs): raise UserError(f'`reward.pairs` is {n}, and there are {len(pairs)} training pairs: give fewer')
     return pairs.shuffle(seed=work.seed).select(range(n))
 
+def reward_base(work: Work):
+    "(model, tokenizer) that a reward model starts from: the SFT model; the one below its adapter, where it only reads"
+    if work.r.reward.layer and work.r.model.lora: return base_model(work.r)
+    return load_policy(work.r, work.run/'sft')
+
 def stage_reward(work: Work):
     "Reward model, from the SFT model; or the one the recipe names"
-    from mpo_nb.reward import RewardModel
-    if work.r.reward.name: return save_reward(work, RewardModel.load(outside(work.r.reward.name)), [])
-    return save_reward(work, *fit_reward(work, load_policy(work.r, work.run/'sft'), reward_pairs(work)))
+    from mpo_nb.features import load_reward
+    if work.r.reward.name: return save_reward(work, load_reward(outside(work.r.reward.name)), [])
+    return save_reward(work, *fit_reward(work, reward_base(work), reward_pairs(work)))
 
 # %% ../nbs/45_prepare.ipynb #333bbc36
 def stage_judge(work: Work):
@@ -338,22 +347,22 @@ def stage_judge(work: Work):
 # %% ../nbs/45_prepare.ipynb #be7e143b
 def the_judge(r: Recipe, run: Path): # ((prompts, completions) -> scores, its name)
     "What scores the policies"
-    from mpo_nb.reward import RewardModel
+    from mpo_nb.features import load_reward
     judge = r.eval.judge if isinstance(r.eval.judge, str) else None
-    if judge and judge != 'gold': return RewardModel.load(outside(judge)), f'reward model {Path(judge).name}'
+    if judge and judge != 'gold': return load_reward(outside(judge)), f'reward model {Path(judge).name}'
     if r.world.name: return the_world(r).gold, f'gold reward of the {r.world.name} world'
-    return RewardModel.load(run/'judge'), 'reward model trained on the half of the training prompts that no policy saw'
+    return load_reward(run/'judge'), 'reward model trained on the half of the training prompts that no policy saw'
 
 # %% ../nbs/45_prepare.ipynb #49fbdfd5
 def scored_pairs(work: Work): # (training pairs with gaps, pairs with gaps of a model that hasn't seen them)
     "Score by the reward model of the run, by models that did not see the pair's prompt, or by the world's gold reward"
     from mpo_nb.gap import add_gaps, crossfit_gaps
-    from mpo_nb.reward import RewardModel
+    from mpo_nb.features import load_reward
     gold = work.r.gap.scores == 'gold'
     if gold or not work.r.gap.folds:
-        reward = the_world(work.r).gold if gold else RewardModel.load(work.run/'reward')
+        reward = the_world(work.r).gold if gold else load_reward(work.run/'reward')
         return tuple(add_gaps(pairs_of(work, k), reward) for k in ('train', 'test'))
-    fit = lambda pairs, fold: fit_reward(work, load_policy(work.r, work.run/'sft'), pairs, fold)[0]
+    fit = lambda pairs, fold: fit_reward(work, reward_base(work), pairs, fold)[0]
     return (crossfit_gaps(pairs_of(work, 'train'), fit, work.r.gap.folds, work.seed),) * 2
 
 # %% ../nbs/45_prepare.ipynb #3b75289a

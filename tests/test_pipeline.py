@@ -457,6 +457,27 @@ def test_users_own_file(local_model, rows, tmp_path):
     assert aside.reason.tolist() == ['equal completions'] and 'row' in aside
     assert 'report.html' in r.stdout and 'mpo' in r.stdout
 
+def test_a_reward_model_of_frozen_features(tiny, tmp_path):
+    """From data to report with a linear reward model, whose folder is small and moves with its run; damage to the model
+    that it reads is named [fails when the model's path is kept as it was given]"""
+    from mpo_nb.features import load_reward, FeatureReward
+    argv = ['--reward.layer', '1', '--gap.folds', '2', '--only', '[mpo]', '--output_dir', str(tmp_path/'run')]
+    assert main(['run', tiny, *argv]) == 0
+    shutil.move(tmp_path/'run', tmp_path/'moved')
+    reward = load_reward(tmp_path/'moved'/'reward')
+    assert isinstance(reward, FeatureReward) and reward.features.layer == 1
+    assert sum(p.stat().st_size for p in (tmp_path/'moved'/'reward').iterdir()) < 20_000
+    df = pd.read_parquet(tmp_path/'moved'/'completions.parquet').query('policy == "mpo"').head(5)
+    assert reward(df.prompt.tolist(), df.completion.tolist()) == pytest.approx(df.reward, abs=1e-4)
+    (tmp_path/'moved'/'sft'/'config.json').unlink()
+    with pytest.raises(UserError, match='config.json'): load_reward(tmp_path/'moved'/'reward')
+
+def test_a_layer_that_is_not_there(local_model, rows, tmp_path, capsys):
+    recipe = write_recipe(tmp_path/'r.yaml', data=dict(source=str(rows), max_prompt_length=40, max_completion_length=24),
+                          model=dict(name=str(local_model)), reward=dict(layer=7), gap=dict(easy_fraction=.5))
+    assert main(['run', recipe, '--output_dir', str(tmp_path/'run')]) == 2
+    assert re.search(r'`reward.layer` is 7: .* has \d layers', capsys.readouterr().err)
+
 CHATML = ("{% for m in messages %}{{ '<' + m.role + '>' + m.content + eos_token }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}")
 
