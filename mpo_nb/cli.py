@@ -319,7 +319,7 @@ def recipe_defaults(name: str, argv: list) -> dict:
     return one_level(parse_values(read_recipe(argv[0]), path.name).as_dict())
 
 # %% ../nbs/50_cli.ipynb #0ec25c22
-WHAT = dict(run='which recipe: mpo run toy|stories|hh-rlhf|tldr|FILE.yaml',
+WHAT = dict(run='which recipe: mpo run toy|stories|hh-rlhf|hh-rlhf-small|tldr|FILE.yaml',
             gaps='which data: mpo gaps FILE --model MODEL')
 
 def with_recipe(name: str, argv: list): # (parser, options, single values)

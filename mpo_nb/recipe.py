@@ -262,7 +262,7 @@ def make_recipe(
 
 # %% ../nbs/38_recipe.ipynb #f7d12cc3
 def parse_recipe(
-    name: str,    # toy, stories, hh-rlhf, tldr, or a YAML file
+    name: str,    # toy, stories, hh-rlhf, hh-rlhf-small, tldr, or a YAML file
     argv=(),      # `['--dpo.beta', '0.2', ...]`
 ) -> Recipe:
     "A recipe with the options given with it; `UserError` names the file or option and the key"
@@ -285,7 +285,7 @@ def one_level(
 
 # %% ../nbs/38_recipe.ipynb #93f34f74
 def load_recipe(
-    name: str, /,     # toy, stories, hh-rlhf, tldr, or a YAML file
+    name: str, /,     # toy, stories, hh-rlhf, hh-rlhf-small, tldr, or a YAML file
     **overrides,      # Nested dicts or dotted keys: `dpo=dict(beta=.2)`, `**{'dpo.beta': .2}`, `output_dir='runs/b02'`
 ) -> Recipe:
     "The `Recipe` that `mpo run NAME --key value ...` would run"
