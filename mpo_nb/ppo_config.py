@@ -129,6 +129,7 @@ class PracticeSettings:
     target_kl: float | None = option(
         None, 'Skip the remaining updates on a rollout once policy/approxkl of one of them exceeds this.')
     share_trunk: bool = option(False, "Critic: a linear layer on the policy's trunk instead of a model of its own.")
+    critic_warmup: int = option(0, 'Rollouts at the start in which only the critic learns, and the policy stays.')
     scale_scores: bool = option(False, 'Divide the scores of a rollout by their standard deviation.')
     clip_scores: float | None = option(None, 'Cut scores (after scaling) to plus or minus this.')
 
@@ -195,6 +196,8 @@ PPO_BOUNDS += [
      'rloo compares completions of one prompt: it needs at least 2'),
     ('share_trunk', lambda v, a: not v or ADVANTAGES[a.advantage_estimator].critic,
      'this advantage_estimator has no critic: leave it out'),
+    ('critic_warmup', lambda v, a: v == 0 or v > 0 and ADVANTAGES[a.advantage_estimator].critic and not a.share_trunk,
+     'a number of rollouts, for a critic with weights of its own: not with share_trunk, nor without a critic'),
     ('kl_coef', lambda v, a: v or not a.kl_target,
      'an adaptive coefficient grows by a share of itself, so it cannot start at 0'),
     ('target_kl', lambda v, a: not (v and a.fp16), 'the gradient scaler of fp16 cannot skip a step: use bf16'),

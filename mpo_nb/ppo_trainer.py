@@ -307,7 +307,8 @@ def compute_loss(self: PPOTrainer, model, inputs, return_outputs=False, num_item
     steps = a.gradient_accumulation_steps
     self.metrics_seen.add('train', **{k: steps * v.detach() for k, v in means.items()})
     if a.target_kl is not None: self.step_kl += float(means['policy/approxkl'])
-    return ppo_loss(means, a, self.experience.kl_coef)
+    if self.rollout_index >= a.critic_warmup: return ppo_loss(means, a, self.experience.kl_coef)
+    return a.vf_coef*means['loss/value'] + 0*means['loss/policy']   # every weight has a gradient, as DDP wants it
 
 # %% ../nbs/24_ppo_trainer.ipynb #ec3e85a6
 @patch

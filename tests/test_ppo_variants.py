@@ -10,7 +10,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from mpo_nb import ppo
 from mpo_nb import ppo_trainer as trainer_module
@@ -475,3 +475,25 @@ def test_two_processes_keep_groups_together(two):
     done = torch.load(out/'groups.pt', weights_only=True)
     assert distance(weights(model), done) < 1e-5 and distance(start, done) > 1e-3
     assert a['groups']['weights'] == b['groups']['weights']
+
+
+# --- a critic that learns first
+
+def test_in_the_warm_up_only_the_critic_learns(tmp_path):
+    "Then both do [fails when the policy's loss counts in the warm-up, and when the warm-up doesn't end]"
+    seen = []
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kw):
+            seen.append([weights(m) for m in (model.policy, model.critic)])
+    t = ppo_trainer(tmp_path, num_rollouts=3, num_ppo_epochs=1, critic_warmup=2, learning_rate=1e-2,
+                    trainer=dict(callbacks=[Look()]))
+    start = [weights(m) for m in (t.policy, t.model.critic)]
+    t.train()
+    moved = [[any(not torch.equal(a[k], b[k]) for k in a) for a, b in zip(then, now)]
+             for then, now in zip([start, *seen], seen)]
+    assert moved == [[False, True], [False, True], [True, True]]
+
+
+@pytest.mark.parametrize('kw', [dict(share_trunk=True), dict(advantage_estimator='rloo', num_generations=2)])
+def test_a_warm_up_needs_a_critic_of_its_own(kw, tmp_path):
+    with pytest.raises(UserError, match='critic_warmup is 2'): ppo_trainer(tmp_path, critic_warmup=2, **kw)
