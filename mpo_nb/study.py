@@ -202,17 +202,19 @@ def plot_study(df, ax, x=None): # x: column of the horizontal axis; None: the va
     "Scores by variant, or against KL or seconds, with intervals over seeds"
     from mpo_nb.evaluate import policy_colors
     variants, policies = [*df.variant.unique()], [*df.policy.unique()]
-    colors = policy_colors(policies)
+    colors, apart = policy_colors(policies), min(.12, .8/len(policies))
     for i, p in enumerate(policies):
         part = df[df.policy == p]
         groups = [g for _, g in part.groupby('variant', sort=False)]
-        at = [g[x].mean() if x else variants.index(g.variant.iloc[0]) + .12*(i - len(policies)/2) for g in groups]
+        at = [g[x].mean() if x else variants.index(g.variant.iloc[0]) + apart*(i - len(policies)/2) for g in groups]
         means, halves = zip(*(mean_interval(g.score) for g in groups))
         ax.errorbar(at, means, np.nan_to_num(halves), fmt='o', capsize=3, color=colors[p], label=p)
     if x is None: ax.set_xticks(range(len(variants)), variants, rotation=20 if len(variants) > 2 else 0)
     labels = dict(kl='KL to sft, nats per completion', seconds='seconds of training, with what it starts from')
     ax.set(ylabel='score', xlabel=labels.get(x, ''))
-    ax.legend(fontsize=7)
+    # a long legend stands beside the axes
+    beside = dict(loc='center left', bbox_to_anchor=(1, .5)) if len(policies) > 8 else {}
+    ax.legend(fontsize=7, ncols=1 + len(policies)//17, **beside)
 
 # %% ../nbs/49_study.ipynb #0bbf67fc
 def notes(study: Study, seeds: list, df, failed: dict) -> list:
@@ -235,9 +237,10 @@ def study_page(study: Study, seeds: list, folder: Path, df, failed: dict) -> str
         seeds=('seed', 'nunique'), score=('score', 'mean'), sd=('score', 'std'), worst=('score', 'min'),
         kl=('kl', 'mean'), length=('length', 'mean'), win_rate=('win_rate', 'mean'),
         seconds=('seconds', 'mean')).reset_index()
-    size = (max(4.5, 1.2 + 1.1*df.variant.nunique()), 3.4)
-    images = [drawn(lambda ax: plot_study(df, ax), size), drawn(lambda ax: plot_study(df, ax, 'kl')),
-              drawn(lambda ax: plot_study(df, ax, 'seconds'))]
+    legend = 0 if df.policy.nunique() <= 8 else 1.3*(1 + df.policy.nunique()//17)
+    wide = max(4.5, 1.2 + 1.1*df.variant.nunique())
+    images = [drawn(lambda ax, x=x: plot_study(df, ax, x), (w + legend, 3.4))
+              for x, w in ((None, wide), ('kl', 4.5), ('seconds', 4.5))]
     cells = [dict(variant=v, seed=s, page=(cell_folder('', v, s)/'report.html').as_posix())
              for v, s in study_cells(study, seeds) if (v, s) in set(zip(df.variant, df.seed))]
     best = {p: best_draws(df, p).to_dict('records') for p in df.policy.unique() if p != 'sft'} if study.draws else {}
