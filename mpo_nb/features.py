@@ -29,6 +29,7 @@ def decoder_layers(model): # Causal language model
     "Its layers, first to last"
     return next(m for m in model.base_model.modules() if isinstance(m, nn.ModuleList))
 
+# %% ../nbs/16_features.ipynb #e66f2bcd
 class _Reached(Exception): "A forward pass has come as far as is needed; holds the hidden states"
 
 def hidden_at(
@@ -115,6 +116,7 @@ def can_share(self: Features, prompt_ids: list, completions: list) -> bool:
         self.shares = one is not None and np.abs(one - alone).max() < 1e-2*np.abs(alone).max()
     return self.shares
 
+# %% ../nbs/16_features.ipynb #55a13661
 @patch
 def families(self: Features, ids: list) -> tuple: # (lists of places that share a row, places to be read in batches)
     "Which of these texts, (prompt ids, completion ids), are worth a row together?"
@@ -166,6 +168,7 @@ def learn(self: Features, texts: list):
             self.known.update(zip(own, self.piece(own, [ids[j] for j in part])))
             bar.update(len(part))
 
+# %% ../nbs/16_features.ipynb #f9d5851e
 @patch
 def __call__(self: Features, prompts: list, completions: list) -> np.ndarray: # [N, D]
     "Features of N completions, in their order"
