@@ -1,5 +1,5 @@
-"""Two questions to the finished runs of a study on the toy world: how much do the reward model's scores of two answers to
-one prompt differ on easy and on hard prompts, and on which requests did each policy gain?
+"""Two questions to the finished runs of a study on the toy world: how much do the reward model's scores of two answers
+to one prompt differ on easy and on hard prompts, and on which requests did each policy gain?
 
     python benchmarks/why.py runs/claims-study [--out mpo_nb/saved]
 

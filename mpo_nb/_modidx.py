@@ -1103,6 +1103,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mpo_nb.study.what_is_asked': ('study.html#what_is_asked', 'mpo_nb/study.py'),
                               'mpo_nb.study.what_was_run': ('study.html#what_was_run', 'mpo_nb/study.py'),
                               'mpo_nb.study.with_holm': ('study.html#with_holm', 'mpo_nb/study.py'),
+                              'mpo_nb.study.without_nulls': ('study.html#without_nulls', 'mpo_nb/study.py'),
                               'mpo_nb.study.write_study': ('study.html#write_study', 'mpo_nb/study.py')},
             'mpo_nb.toy_language': { 'mpo_nb.toy_language.Demonstrators': ('toy_language.html#demonstrators', 'mpo_nb/toy_language.py'),
                                      'mpo_nb.toy_language.Demonstrators.__init__': ( 'toy_language.html#demonstrators.__init__',

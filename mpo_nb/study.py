@@ -6,8 +6,8 @@
 __all__ = ['STEP_COLUMNS', 'run_rows', 'lineage', 'sample_means', 'finished_cells', 'study_table', 'ppo_steps', 'paired_row',
            'pairs_to_compare', 'compare_policies', 'compare_variants', 'with_holm', 'verdict', 'runs_table',
            'compare_runs', 'mean_interval', 'best_draws', 'plot_study', 'notes', 'study_page', 'plan', 'describe_plan',
-           'what_is_asked', 'settings_hash', 'what_was_run', 'write_study', 'join_studies', 'check_study_folder',
-           'run_study']
+           'what_is_asked', 'without_nulls', 'settings_hash', 'what_was_run', 'write_study', 'join_studies',
+           'check_study_folder', 'run_study']
 
 # %% ../nbs/49_study.ipynb #75bb69bf
 import hashlib, json
@@ -284,9 +284,13 @@ def what_is_asked(study: Study) -> dict:
     return dict(values=one_nested(study.values), variants=study.variants)
 
 # %% ../nbs/49_study.ipynb #b65e29f7
+def without_nulls(d): return {k: without_nulls(v) for k, v in d.items() if v is not None} if isinstance(d, dict) else d
+
 def settings_hash(study: Study) -> str:
-    "The same for the same settings, whatever the study is called"
-    return hashlib.sha256(json.dumps(what_is_asked(study), sort_keys=True).encode()).hexdigest()[:16]
+    "The same for the same settings, whatever the study is called, and whether they were run before a key was there"
+    # a new key is null where nothing has changed
+    asked = json.dumps(without_nulls(what_is_asked(study)), sort_keys=True)
+    return hashlib.sha256(asked.encode()).hexdigest()[:16]
 
 # %% ../nbs/49_study.ipynb #f4046bc8
 def what_was_run(study: Study, seeds: list, folder: Path, failed=()) -> dict: # failed: cells that are left out

@@ -473,8 +473,9 @@ def test_a_reward_model_of_frozen_features(tiny, tmp_path):
     with pytest.raises(UserError, match='config.json'): load_reward(tmp_path/'moved'/'reward')
 
 def test_a_layer_that_is_not_there(local_model, rows, tmp_path, capsys):
-    recipe = write_recipe(tmp_path/'r.yaml', data=dict(source=str(rows), max_prompt_length=40, max_completion_length=24),
-                          model=dict(name=str(local_model)), reward=dict(layer=7), gap=dict(easy_fraction=.5))
+    data = dict(source=str(rows), max_prompt_length=40, max_completion_length=24)
+    recipe = write_recipe(tmp_path/'r.yaml', data=data, model=dict(name=str(local_model)), reward=dict(layer=7),
+                          gap=dict(easy_fraction=.5))
     assert main(['run', recipe, '--output_dir', str(tmp_path/'run')]) == 2
     assert re.search(r'`reward.layer` is 7: .* has \d layers', capsys.readouterr().err)
 
