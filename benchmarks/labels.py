@@ -32,7 +32,7 @@ LENGTHS, FOLDS = DataKeys(max_prompt_length=400, max_completion_length=160), 5
 def fast_dtype():
     "bfloat16 where the processor has units for it"
     has = getattr(torch.cpu, 'get_capabilities', dict)()
-    return torch.bfloat16 if has.get('amx_bf16') or has.get('avx512_bf16') else None
+    return 'bfloat16' if has.get('amx_bf16') or has.get('avx512_bf16') else None
 
 def usable(name, tok, rows):
     "Pairs in the model's own spelling that fit, and how many were set aside"

@@ -194,8 +194,8 @@ def check_models(r: Recipe):
         config = read_config(r.model.name, 'model.name')
         writes_chats(r, recipe_tokenizer(r))
         check_lengths(r, config)
-        if (r.reward.layer or 0) > config.num_hidden_layers:
-            raise UserError(f'`reward.layer` is {r.reward.layer}: {r.model.name} has {config.num_hidden_layers} layers')
+        if r.reward.layer and r.reward.layer > (n := config.get_text_config().num_hidden_layers):
+            raise UserError(f'`reward.layer` is {r.reward.layer}: {r.model.name} has {n} layers')
     check_adapters(r)
     if r.reward.name: check_scorer(r.reward.name, 'reward.name')
     if isinstance(r.eval.judge, str) and r.eval.judge != 'gold': check_scorer(r.eval.judge, 'eval.judge')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'BIDI', 'printable', 'encodable', 'UserError', 'replacing', 'write_json', 'read_json', 'read_frame',
            'read_parquet', 'file_hash', 'file_names', 'file_list', 'damage', 'file_lock', 'read_jsonl', 'append_jsonl',
-           'cache_root', 'explore', 'check_loaded', 'runtime']
+           'cache_root', 'cached_array', 'explore', 'check_loaded', 'runtime']
 
 # %% ../nbs/01_core.ipynb #590dfc1d
 import contextlib
@@ -216,6 +216,18 @@ def append_jsonl(
 def cache_root() -> Path: # `$MPO_NB_CACHE`, or ~/.cache/mpo_nb
     "Where results are kept that can be made again"
     return Path(os.environ.get('MPO_NB_CACHE', '~/.cache/mpo_nb')).expanduser()
+
+def cached_array(
+    name: str,  # File, named after all that decides what is in it
+    make,       # () -> array
+):
+    "An array from the cache folder, made and kept there the first time"
+    import numpy as np
+    path = cache_root()/name
+    if path.is_file(): return np.load(path, allow_pickle=False)
+    found = make()
+    with replacing(path) as tmp, open(tmp, 'wb') as f: np.save(f, found, allow_pickle=False)
+    return found
 
 # %% ../nbs/01_core.ipynb #f521bb70
 def explore(

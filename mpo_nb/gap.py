@@ -16,7 +16,7 @@ from datasets import Dataset, DatasetDict
 from fastcore.basics import patch
 from scipy.stats import pearsonr, rankdata
 from statsmodels.stats.proportion import proportion_confint
-from .core import cache_root, log, replacing, UserError
+from .core import cached_array, log, UserError
 from .sampling import sample
 from .reward import RewardModel
 
@@ -84,14 +84,7 @@ def _cached_scores(reward, ds, batch_size):
                         'what another function does has no fingerprint; leave out cache=True')
     # 1: number of this way of scoring
     key = hashlib.sha256(f'1 {reward.fingerprint()} {pairs_fingerprint(ds)}'.encode()).hexdigest()[:24]
-    path = cache_root()/f'scores-{key}.npy'
-    if path.is_file():
-        log.info(f'scores of {len(ds)} pairs read from {path.name}')
-        return np.load(path, allow_pickle=False)
-    scores = _pair_scores(reward, ds, batch_size)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as tmp, open(tmp, 'wb') as f: np.save(f, scores, allow_pickle=False)
-    return scores
+    return cached_array(f'scores-{key}.npy', lambda: _pair_scores(reward, ds, batch_size))
 
 # %% ../nbs/15_gap.ipynb #58706fba
 def label_agreement(ds) -> float: # Pairs with `gap`

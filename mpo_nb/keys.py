@@ -133,8 +133,8 @@ class RewardKeys(TrainingKeys):
     pairs: int | None = key(
         None, 'train it on so many of the training pairs, drawn at random; null: on all', at_least(10))
     layer: int | None = key(
-        None, 'train no weights: a linear reward model on hidden states behind this layer of the frozen model, in '
-              'minutes on a CPU; about two thirds of the way up is a good start; null: train the model', at_least(1))
+        None, 'train no weights: a linear reward model on hidden states behind this layer of the frozen model, and of '
+              'this section only `pairs` counts; null: train the model', at_least(1))
 
 # %% ../nbs/37_keys.ipynb #e9e98604
 @dataclass

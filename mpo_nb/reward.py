@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OFFSET', 'MADE_BY', 'TOY_SIZE', 'TOY_REWARD', 'bradley_terry_loss', 'reward_model_from', 'last_token_scores',
-           'score_ids', 'pair_scores', 'sharing_pays', 'shares_prompt', 'load_classifier', 'RewardModel',
-           'weights_fingerprint', 'tokenize_pairs', 'train_reward', 'toy_setup']
+           'batched_by_length', 'score_ids', 'pair_scores', 'sharing_pays', 'shares_prompt', 'load_classifier',
+           'RewardModel', 'weights_fingerprint', 'tokenize_pairs', 'train_reward', 'toy_setup']
 
 # %% ../nbs/14_reward.ipynb #b28f6f6f
 import copy, hashlib, inspect, json, os, time
@@ -89,8 +89,14 @@ def _right_padded(rows, pad_id, device):
     return ids.to(device), mask.to(device)
 
 # %% ../nbs/14_reward.ipynb #c863b705
-def _by_length(model, rows, length, score, batch_size):
-    "`score` of batches of rows of like length, in the order of `rows`, without gradients and without dropout"
+def batched_by_length(
+    model,            # Set to eval mode while this lasts
+    rows: list,       # N things to score
+    length,           # Row -> number
+    score,            # List of rows -> tensor with a first dimension of as many
+    batch_size: int,  # Rows at a time
+) -> np.ndarray:      # [N, …] float64, in the order of `rows`
+    "`score` of batches of rows of like length, without gradients and without dropout"
     order, out = np.argsort([length(r) for r in rows], kind='stable'), [None]*len(rows)
     with inference(model):
         for i in range(0, len(rows), batch_size):
@@ -111,7 +117,7 @@ def _finite(scores):
 # %% ../nbs/14_reward.ipynb #b99c5586
 def _text_scores(model, rows, pad_id, batch_size):
     "Scores of encoded texts [N], finite or not"
-    return _by_length(model, rows, len,
+    return batched_by_length(model, rows, len,
                       lambda part: last_token_scores(model, *_right_padded(part, pad_id, model.device)), batch_size)
 
 def score_ids(
@@ -270,7 +276,7 @@ def score_pairs(self: RewardModel,
     out, apart = np.zeros((len(rows), 2)), np.flatnonzero(~share)
     together, pad, n = [rows[i] for i in np.flatnonzero(share)], self.tok.pad_token_id, max(1, batch_size//2)
     if together:
-        out[share] = _by_length(self.model, together, lambda r: sum(map(len, r)),
+        out[share] = batched_by_length(self.model, together, lambda r: sum(map(len, r)),
                                 lambda part: pair_scores(self.model, part, pad), n)
     texts = self._fit([rows[i][0] + rows[i][k] for i in apart for k in (1, 2)])
     if texts: out[apart] = _text_scores(self.model, texts, pad, batch_size).reshape(-1, 2)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['STEP_COLUMNS', 'run_rows', 'lineage', 'sample_means', 'finished_cells', 'study_table', 'ppo_steps', 'paired_row',
            'pairs_to_compare', 'compare_policies', 'compare_variants', 'with_holm', 'verdict', 'runs_table',
-           'compare_runs', 'mean_interval', 'best_draws', 'plot_study', 'notes', 'study_page', 'plan', 'describe_plan',
-           'what_is_asked', 'without_nulls', 'settings_hash', 'what_was_run', 'write_study', 'join_studies',
-           'check_study_folder', 'run_study']
+           'compare_runs', 'mean_interval', 'best_draws', 'legend_columns', 'plot_study', 'notes', 'study_page', 'plan',
+           'describe_plan', 'what_is_asked', 'without_nulls', 'settings_hash', 'what_was_run', 'write_study',
+           'join_studies', 'check_study_folder', 'run_study']
 
 # %% ../nbs/49_study.ipynb #75bb69bf
 import hashlib, json
@@ -198,6 +198,10 @@ def best_draws(
     return rows.iloc[order].reset_index(drop=True)
 
 # %% ../nbs/49_study.ipynb #dcb57477
+def legend_columns(n: int) -> int: # Of n policies
+    "Columns of a legend beside the axes; 0: it is short enough to stand within"
+    return 1 + n//17 if n > 8 else 0
+
 def plot_study(df, ax, x=None): # x: column of the horizontal axis; None: the variants
     "Scores by variant, or against KL or seconds, with intervals over seeds"
     from mpo_nb.evaluate import policy_colors
@@ -212,9 +216,8 @@ def plot_study(df, ax, x=None): # x: column of the horizontal axis; None: the va
     if x is None: ax.set_xticks(range(len(variants)), variants, rotation=20 if len(variants) > 2 else 0)
     labels = dict(kl='KL to sft, nats per completion', seconds='seconds of training, with what it starts from')
     ax.set(ylabel='score', xlabel=labels.get(x, ''))
-    # a long legend stands beside the axes
-    beside = dict(loc='center left', bbox_to_anchor=(1, .5)) if len(policies) > 8 else {}
-    ax.legend(fontsize=7, ncols=1 + len(policies)//17, **beside)
+    columns = legend_columns(len(policies))
+    ax.legend(fontsize=7, **dict(loc='center left', bbox_to_anchor=(1, .5), ncols=columns) if columns else {})
 
 # %% ../nbs/49_study.ipynb #0bbf67fc
 def notes(study: Study, seeds: list, df, failed: dict) -> list:
@@ -237,7 +240,7 @@ def study_page(study: Study, seeds: list, folder: Path, df, failed: dict) -> str
         seeds=('seed', 'nunique'), score=('score', 'mean'), sd=('score', 'std'), worst=('score', 'min'),
         kl=('kl', 'mean'), length=('length', 'mean'), win_rate=('win_rate', 'mean'),
         seconds=('seconds', 'mean')).reset_index()
-    legend = 0 if df.policy.nunique() <= 8 else 1.3*(1 + df.policy.nunique()//17)
+    legend = 1.3*legend_columns(df.policy.nunique())
     wide = max(4.5, 1.2 + 1.1*df.variant.nunique())
     images = [drawn(lambda ax, x=x: plot_study(df, ax, x), (w + legend, 3.4))
               for x, w in ((None, wide), ('kl', 4.5), ('seconds', 4.5))]
