@@ -31,12 +31,11 @@ def variances(gaps):
     return table.groupby('set').agg(reward=('reward', 'mean'), gold=('gold', 'mean'), prompts=('gold', 'size'))
 
 def gains(gaps, completions):
-    "Mean gold and reward of each policy on easy, middle and hard requests"
+    "Mean gold of each policy on easy, middle and hard requests"
     difficulty = gaps.gap.abs().groupby(gaps.prompt.map(request)).mean()
     of_prompt = completions.prompt.map(request).map(difficulty)
     third = pd.qcut(of_prompt.rank(method='dense'), 3, labels=['hard', 'middle', 'easy'])
-    return completions.groupby(['policy', third.rename('third').astype(str)]).agg(
-        gold=('score', 'mean'), reward=('reward', 'mean'), kl=('kl', 'mean'), n=('score', 'size'))
+    return completions.groupby(['policy', third.rename('third').astype(str)]).agg(gold=('score', 'mean'))
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

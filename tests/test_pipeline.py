@@ -479,6 +479,12 @@ def test_a_layer_that_is_not_there(local_model, rows, tmp_path, capsys):
     assert main(['run', recipe, '--output_dir', str(tmp_path/'run')]) == 2
     assert re.search(r'`reward.layer` is 7: .* has \d layers', capsys.readouterr().err)
 
+def test_a_layer_that_a_fresh_model_has_not(tiny, tmp_path, capsys):
+    "[fails with an IndexError where only a model's file is asked]"
+    assert main(['run', tiny, '--reward.layer', '9', '--output_dir', str(tmp_path/'run')]) == 2
+    err = capsys.readouterr().err
+    assert 'layer 9 of a model with 2 layers' in err and 'Traceback' not in err
+
 CHATML = ("{% for m in messages %}{{ '<' + m.role + '>' + m.content + eos_token }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}")
 
