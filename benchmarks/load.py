@@ -42,8 +42,8 @@ def measured(argv):
 def row_of(n, folder):
     data, out = folder/f'{n}.jsonl', folder/f'{n}-gaps'
     write_pairs(data, n)
-    argv = [sys.executable, '-m', 'mpo_nb.cli', 'gaps', str(data), '--model', str(folder/'model'), '--progress', 'off',
-            '--output_dir', str(out)]
+    argv = [sys.executable, '-m', 'mpo_nb.cli', 'gaps', str(data), '--model', str(folder/'model'),
+            '--data.max_prompt_length', '192', '--data.max_completion_length', '64', '--output_dir', str(out)]
     seconds, mb = measured(argv)
     row = dict(rows=n, file_mb=round(data.stat().st_size/2**20), seconds=round(seconds, 1), peak_mb=round(mb),
                page_kb=round((out/'report.html').stat().st_size/1024))

@@ -240,14 +240,15 @@ HOSTILE = {'marks, then none': lambda n: '[[A]] '*n + 'x', 'marks, then another'
 @pytest.mark.parametrize('make', HOSTILE.values(), ids=HOSTILE)
 def test_no_reply_takes_long_to_read(make):
     """Time that doubles with each mark would need longer than the world lasts for 5,000 of them; time that grows
-    with the square takes 100 times as long for ten times the text, ours at most about ten
+    with the square takes 10,000 times as long for a hundred times the text, ours about a hundred. Time of this
+    process alone, and a wide gap between the two, since the machine does other things meanwhile
     [fails with one regular expression for all marks at the end of a line]"""
     def seconds(n):
-        start = time.perf_counter()
+        start = time.process_time()
         with contextlib.suppress(Unreadable): read_verdict(make(n))
-        return time.perf_counter() - start
+        return time.process_time() - start
     assert seconds(5_000) < 2
-    assert min(seconds(50_000) for _ in range(3)) < 40*max(min(seconds(5_000) for _ in range(3)), 1e-3)
+    assert seconds(500_000) < 1_000*max(min(seconds(5_000) for _ in range(3)), 1e-4)
 
 
 @pytest.mark.parametrize('text, reason', [('Shorter. Better.\n**[[B]]**', 'Shorter. Better.'), ('a\nso [[B]]', 'a so'),
