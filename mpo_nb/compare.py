@@ -19,7 +19,6 @@ from scipy.sparse.csgraph import connected_components
 from statsmodels.stats.proportion import proportion_confint
 
 from .core import UserError
-from .sampling import Samples
 from .evaluate import check_prompts, paired, policy_rows, refuse_ids
 
 # %% ../nbs/28_compare.ipynb #5c1a0e01
@@ -272,7 +271,7 @@ def completions_table(
         return policies
     prompts, frames = check_prompts(prompts if prompts is not None else []), []
     for name, texts in policies.items():
-        texts = list(texts.completions if isinstance(texts, Samples) else texts)
+        texts = list(getattr(texts, 'completions', texts))
         if len(texts) != len(prompts):
             raise UserError(f"policy {name!r} has {len(texts)} completions for {len(prompts)} prompts; "
                             f"give one for each, in the same order")

@@ -13,11 +13,8 @@ from collections.abc import Mapping
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from scipy import stats
-from torch import nn
 
 from .core import log, UserError
-from .logprobs import sequence_logprobs
-from .sampling import sample, Samples
 
 # %% ../nbs/26_evaluate.ipynb #7ef8a896
 def finite_scores(
@@ -47,11 +44,12 @@ def kl_to_ref(
     model,                  # policy that drew the samples
     ref_model,              # SFT model
     tok,                    # tokenizer (its pad id fills the batches)
-    samples:Samples,        # [N] completions with their ids
+    samples,                # `Samples`: [N] completions with their ids
     batch_size:int=64,      # rows at a time
     temperature:float=1.0,  # that of the sampling, for both models
 )->np.ndarray:              # [N] nats
     "log policy(y|x) - log ref(y|x) of each completion: the mean estimates the KL without bias, a value may be negative"
+    from mpo_nb.logprobs import sequence_logprobs
     args = tok.pad_token_id, samples.prompt_ids, samples.completion_ids
     policy, ref = [sequence_logprobs(m, *args, batch_size=batch_size, temperature=temperature)
                    for m in (model, ref_model)]
@@ -84,6 +82,8 @@ def add_scores(
 # %% ../nbs/26_evaluate.ipynb #c8ef65f9
 def _draw(name, policy, tok, prompts, ref_model, how):
     "Samples of one policy and their [N] KL values, NaN where no reference or no model is there to give them"
+    from torch import nn
+    from mpo_nb.sampling import sample, Samples
     if isinstance(policy, (Samples, tuple)):
         samples, kl = policy if isinstance(policy, tuple) else (policy, np.nan)
         if list(samples.prompts) != prompts:

@@ -242,7 +242,7 @@ def study_page(study: Study, seeds: list, folder: Path, df, failed: dict) -> str
         seconds=('seconds', 'mean')).reset_index()
     legend = 1.3*legend_columns(df.policy.nunique())
     wide = max(4.5, 1.2 + 1.1*df.variant.nunique())
-    images = [drawn(lambda ax, x=x: plot_study(df, ax, x), (w + legend, 3.4))
+    images = [drawn(lambda ax, x=x: plot_study(df, ax, x), (w + legend, 3.4), 'constrained')
               for x, w in ((None, wide), ('kl', 4.5), ('seconds', 4.5))]
     cells = [dict(variant=v, seed=s, page=(cell_folder('', v, s)/'report.html').as_posix())
              for v, s in study_cells(study, seeds) if (v, s) in set(zip(df.variant, df.seed))]

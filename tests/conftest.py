@@ -3,8 +3,6 @@ import gc
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false', HF_HUB_DISABLE_PROGRESS_BARS='1',
@@ -39,15 +37,11 @@ def own_random_state():
 
 @pytest.fixture(scope='session')
 def two(tmp_path_factory):
-    """Results of two_processes.py under `accelerate launch`: (folder, one dict a process). --multi_gpu is its
-    name for its torchrun launcher; `use_cpu` makes the backend gloo"""
-    out, tests = tmp_path_factory.mktemp('two'), Path(__file__).parent
-    command = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2',
-               '--num_machines', '1', '--num_cpu_threads_per_process', '1', '--mixed_precision', 'no',
-               '--dynamo_backend', 'no', '--main_process_port', '0', 'two_processes.py', str(out)]
-    p = subprocess.run(command, cwd=tests, env=os.environ | dict(OMP_NUM_THREADS='1'), capture_output=True,
-                       text=True, timeout=600)
-    assert p.returncode == 0, p.stderr[-3000:]
+    "Results of two_processes.py: (folder, one dict a process). `use_cpu` makes the backend gloo"
+    from forks import run_on_two
+    out = tmp_path_factory.mktemp('two')
+    for p in run_on_two((Path(__file__).parent/'two_processes.py').read_text(), out):
+        assert p.returncode == 0, p.stderr[-3000:]
     return out, [json.loads((out/f'results-{rank}.json').read_text()) for rank in (0, 1)]
 
 

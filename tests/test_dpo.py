@@ -6,11 +6,7 @@ import copy
 import json
 import logging
 import math
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +14,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, MistralConfig, TrainerCallback
 
+from forks import run_on_two
 from mpo_nb.core import UserError
 from mpo_nb.dpo import DPOConfig
 from mpo_nb.losses import dpo_loss
@@ -757,30 +754,20 @@ def shared_run(folder, size):
     return t
 
 def test_two_processes_end_where_one_does(tmp_path):
-    """`accelerate launch` with two CPU processes (gloo), 4 pairs each, against one with 8: weights, losses,
+    """Two CPU processes (gloo), 4 pairs each, against one with 8: weights, losses,
     rewards and reference log-probs, to 1e-5 [fails when the loss isn't multiplied by the number of processes,
     and when each process has its own order of the data]"""
     one = shared_run(tmp_path/'one', 8)
-    code = tmp_path/'two.py'
-    code.write_text('import conftest, sys, torch; torch.set_num_threads(1)\n'
-                    'from test_dpo import shared_run, logged, weights\n'
-                    't = shared_run(sys.argv[1], 4)\n'
-                    'assert t.accelerator.num_processes == 2 and '
-                    'type(t.model_wrapped).__name__ == "DistributedDataParallel"\n'
-                    'if t.is_world_process_zero(): torch.save((weights(t.model), '
-                    'logged(t), t.train_dataset["ref_chosen"][:]), sys.argv[2])\n'
-                    'torch.distributed.barrier(); torch.distributed.destroy_process_group()\n'
-                    'import os; os._exit(0)\n')   # a thread of gloo may outlive the interpreter and abort
-    here = Path(__file__).parent
-    # --multi_gpu is its name for its torchrun launcher
-    command = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2',
-               '--num_machines', '1', '--num_cpu_threads_per_process', '1', '--mixed_precision', 'no',
-               '--dynamo_backend', 'no', '--main_process_port', '0', str(code), str(tmp_path/'two'),
-               str(tmp_path/'out.pt')]
-    p = subprocess.run(command, cwd=here,
-                       env=os.environ | dict(PYTHONPATH=f'{here}:{here.parent}', OMP_NUM_THREADS='1'),
-                       capture_output=True, text=True, timeout=600)
-    assert p.returncode == 0, p.stderr[-3000:]
+    code = ('import conftest, sys, torch\n'
+            'from test_dpo import shared_run, logged, weights\n'
+            't = shared_run(sys.argv[1], 4)\n'
+            'assert t.accelerator.num_processes == 2 and '
+            'type(t.model_wrapped).__name__ == "DistributedDataParallel"\n'
+            'if t.is_world_process_zero(): torch.save((weights(t.model), '
+            'logged(t), t.train_dataset["ref_chosen"][:]), sys.argv[2])\n'
+            'torch.distributed.barrier(); torch.distributed.destroy_process_group()\n'
+            'import os; os._exit(0)\n')   # a thread of gloo may outlive the interpreter and abort
+    for p in run_on_two(code, tmp_path/'two', tmp_path/'out.pt'): assert p.returncode == 0, p.stderr[-3000:]
     theirs, log, ref = torch.load(tmp_path/'out.pt', weights_only=True)
     assert distance(weights(tiny(seed=1)), weights(one.model)) > 1e-2
     assert distance(weights(one.model), theirs) < 1e-5

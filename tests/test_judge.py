@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -22,6 +23,7 @@ import pandas as pd
 import pytest
 
 import judge_server
+from forks import fork
 from judge_server import Server, best
 from mpo_nb.core import UserError
 from mpo_nb.sources import data_path
@@ -461,43 +463,39 @@ def test_self_agreement_asks_everything_once_more():
     assert .3 < s['agreement'] < 1 and s['ci'][0] < s['agreement'] < s['ci'][1] and s['kappa'] < s['agreement']
 
 
-KILLED = '''
-import json, os, sys
-import torch; torch.set_num_threads(1)
-import openai, pandas as pd
-from mpo_nb.judge import LLMJudge
-for line in sys.stdin:
-    url, path, rows = json.loads(line)
-    pid = os.fork()
-    if not pid:
-        LLMJudge('m', base_url=url, answers=path, concurrency=4, max_tokens=64)(pd.read_json(rows))
-        os._exit(0)
-    print(pid, flush=True)
-    print(os.waitpid(pid, 0)[1], flush=True)
-'''
+def ask_in_children(requests, url, path, rows):
+    "In a process of its own: for each request a child that judges, its number and how it ended"
+    import openai   # once, not in each child
+    judge = LLMJudge('m', base_url=url, answers=path, concurrency=4, max_tokens=64)
+    while requests.recv():
+        pid = os.fork()
+        if not pid:
+            judge(rows)
+            os._exit(0)
+        requests.send(pid)
+        requests.send(os.waitpid(pid, 0)[1])
 
 def test_item63_killed_at_twenty_moments_nothing_stored_is_lost_or_asked_again(tmp_path):
     """200 rows, SIGKILL at 20 random moments, then to the end. No stored answer is lost, none is asked again,
     and no more than the four under way are paid for twice a kill
     [fails when the file is not flushed after each answer, and when it is written anew]"""
     rows, path, rng = rows_of(200), tmp_path/'answers.jsonl', random.Random(0)
-    rows.to_json(tmp_path/'rows.json')
     stored, again = set(), []
     done = lambda: {(a['id'], a['order']) for a in read_answers(path).values()}
     name = lambda q: (str(q[0]), 'ab' if q[1].startswith('answer a') else 'ba')
-    with Server(delay=.002) as server, subprocess.Popen([sys.executable, '-c', KILLED], stdin=subprocess.PIPE,
-                                                        stdout=subprocess.PIPE, text=True) as mother:
+    with Server(delay=.002) as server:
+        ours, theirs = multiprocessing.Pipe()
+        mother = fork(ask_in_children, (theirs, server.url, path, rows), tmp_path/'log')
         def start():
-            mother.stdin.write(json.dumps([server.url, str(path), str(tmp_path/'rows.json')]) + '\n')
-            mother.stdin.flush()
-            return int(mother.stdout.readline())
+            ours.send(True)
+            return ours.recv()
         for _ in range(20):
             at, target = len(server.requests), len(server.paid) + rng.randint(1, 16)
             pid = start()
             while len(server.paid) < target: time.sleep(.0005)
             time.sleep(rng.random() * .004)
             os.kill(pid, signal.SIGKILL)
-            assert os.WTERMSIG(int(mother.stdout.readline())) == signal.SIGKILL
+            assert os.WTERMSIG(ours.recv()) == signal.SIGKILL
             asked = [name(q) for q, _, _ in server.requests[at:]]
             assert not stored & set(asked), 'a stored answer was asked for again'
             assert stored <= done(), 'a stored answer was lost'
@@ -506,9 +504,10 @@ def test_item63_killed_at_twenty_moments_nothing_stored_is_lost_or_asked_again(t
         assert max(again) <= 4, again   # paid, and not yet stored when the process died
         at = len(server.requests)
         start()
-        assert int(mother.stdout.readline()) == 0
+        assert ours.recv() == 0, (tmp_path/'log').read_text()
         assert not stored & {name(q) for q, _, _ in server.requests[at:]}
-        mother.stdin.close()
+        ours.send(False)
+        mother.join()
     assert len(stored) > 100 and len(done()) == len(read_answers(path)) == 400
     # the server is gone: all from the store
     assert LLMJudge('m', base_url=server.url, answers=path, max_tokens=64)(rows).verdict.tolist() == truth(rows)

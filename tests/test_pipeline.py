@@ -1,11 +1,12 @@
 "The `mpo` command: errors for the user, the run folder, and going on after signals with the same numbers"
-import json, os, re, shutil, subprocess, sys
+import json, os, re, shutil
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import yaml
 
+from forks import run_code
 from mpo_nb.core import UserError
 from mpo_nb.keys import recipe_keys
 from mpo_nb.recipe import load_recipe, parse_recipe, recipes
@@ -96,8 +97,7 @@ print('killed in', *kills)
 def runs(tiny, tmp_path_factory):
     "(run folder of an uninterrupted run, one that was killed in each stage, the stages it was killed in)"
     tmp = tmp_path_factory.mktemp('runs')
-    r = subprocess.run([sys.executable, '-c', DRIVER, tiny, str(tmp/'whole'), str(tmp/'killed')], capture_output=True,
-                       text=True, env=ENV, timeout=600)
+    r = run_code(DRIVER, tiny, tmp/'whole', tmp/'killed', env=ENV)
     assert r.returncode == 0, r.stdout + r.stderr
     for name in ('SIGHUP', 'SIGINT', 'SIGTERM'):
         assert f'stopped by {name}; the same command goes on from here' in r.stderr, r.stderr
@@ -442,8 +442,7 @@ def test_users_own_file(local_model, rows, tmp_path):
     recipe = write_recipe(tmp_path/'mine.yaml',
                           data=dict(source=str(rows), max_prompt_length=40, max_completion_length=24, test=.2),
                           model=dict(name=str(local_model)), **USER)
-    r = subprocess.run([sys.executable, '-c', 'import sys; from mpo_nb.cli import main; sys.exit(main())', 'run',
-                        recipe], capture_output=True, text=True, cwd=tmp_path, env=ENV, timeout=300)
+    r = run_code('import sys; from mpo_nb.cli import main; sys.exit(main())', 'run', recipe, cwd=tmp_path, env=ENV)
     assert r.returncode == 0, r.stderr
     run = tmp_path/'runs'/'mine'
     e = json.loads((run/'evaluation.json').read_text())

@@ -102,6 +102,26 @@ def test_a_room_imports_public_names_only(module):
     assert not private, f'{module} imports {private}'
 
 
+def imported_with(module, seen=()):
+    "Packages that are imported where a room is imported, by it or by rooms that it imports; not those in functions"
+    packages, seen = set(), {*seen, module}
+    for node in tree(module).body:
+        if isinstance(node, ast.Import): packages |= {a.name.split('.')[0] for a in node.names}
+        if not isinstance(node, ast.ImportFrom): continue
+        room = (node.module or '').removeprefix('mpo_nb').lstrip('.')
+        ours = node.level or (node.module or '').startswith('mpo_nb')
+        if not ours: packages.add(node.module.split('.')[0])
+        elif room in ROOMS and room not in seen: packages |= imported_with(room, seen)
+    return packages
+
+
+@pytest.mark.parametrize('module', ['cli', 'judging', 'human', 'results', 'agreement'])
+def test_who_needs_no_model_does_not_wait_for_torch(module):
+    "[fails when `compare` takes `Samples` from the room that draws them]"
+    assert not imported_with(module) & {'torch', 'transformers', 'trl', 'peft', 'accelerate'}
+    assert 'torch' in imported_with('gap')
+
+
 def test_no_public_name_means_two_things():
     homes = defaultdict(list)
     for module in ROOMS:

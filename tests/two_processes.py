@@ -1,5 +1,4 @@
-"""What each of two processes does in `test_two_processes_…` of test_ppo.py: `accelerate launch …
-two_processes.py FOLDER`"""
+"What each of two processes does in `test_two_processes_…` of test_ppo.py: its argument is a folder"
 import json
 import os
 import sys
@@ -7,8 +6,6 @@ from pathlib import Path
 
 import conftest
 import torch
-
-torch.set_num_threads(1)
 
 from mpo_nb.ppo_trainer import save_experience
 from util import fingerprint, logged, ppo_trainer, talker, tiny

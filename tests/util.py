@@ -2,12 +2,8 @@
 import copy
 import hashlib
 import json
-import os
 import random
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +14,7 @@ from torch import nn
 from transformers import (AutoModelForCausalLM, GemmaConfig, GPT2Config, GPTNeoXConfig, LlamaConfig,
                           PreTrainedTokenizerFast, Qwen2Config, TrainerCallback)
 
+from forks import run_code
 from mpo_nb.toy_language import ABSURD, word_tokenizer
 from mpo_nb.worlds import get_world
 
@@ -208,9 +205,8 @@ def end_state(trainer):
 def in_a_new_process(module, folder, checkpoint):
     """`end_state` of `little_run` of a test module, resumed from `checkpoint` by a process whose random
     generators stand elsewhere"""
-    code = (f'import conftest, json, sys, torch; torch.set_num_threads(1); torch.manual_seed(99); from {module} '
-            f'import little_run, end_state;' 'print(json.dumps(end_state(little_run(sys.argv[1], sys.argv[2]))))')
-    p = subprocess.run([sys.executable, '-c', code, str(folder), str(checkpoint)], cwd=Path(__file__).parent,
-                       env=os.environ, capture_output=True, text=True, timeout=600)
+    code = (f'import conftest, json, sys, torch; torch.manual_seed(99); from {module} import little_run, end_state;'
+            'print(json.dumps(end_state(little_run(sys.argv[1], sys.argv[2]))))')
+    p = run_code(code, folder, checkpoint)
     assert p.returncode == 0, p.stderr[-2000:]
     return json.loads(p.stdout.splitlines()[-1])
