@@ -54,7 +54,8 @@ def start(folder):
     pid = os.fork()
     if pid == 0:
         os.setsid()
-        signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell's background jobs ignore it
+        signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell's background jobs ignore it,
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)               # and what `nohup` starts ignores this one
         code = 1
         try: code = main(['run', recipe, '--output_dir', folder])
         finally: os._exit(code)

@@ -89,20 +89,36 @@ def toy_rows():
     return rows
 
 
-def toy_verdicts():
-    "What the study allows to say, one family of comparisons"
+def compared(study):
+    "Comparisons of a study, one family"
     import pandas as pd
     from mpo_nb.cells import load_study
-    from mpo_nb.study import compare_policies, verdict
-    tested = compare_policies(load_study('toy'), pd.read_parquet(ROOT/'mpo_nb'/'saved'/'toy.parquet'))
-    return [f'- {verdict(row)}' for _, row in tested.iterrows()]
+    from mpo_nb.study import compare_policies
+    return compare_policies(load_study(study), pd.read_parquet(ROOT/'mpo_nb'/'saved'/f'{study}.parquet'))
+
+
+def toy_verdicts():
+    "What the study allows to say"
+    from mpo_nb.study import verdict
+    return [f'- {verdict(row)}' for _, row in compared('toy').iterrows()]
+
+
+PARTS = [('mpo', 'mpo_ref_sft'), ('ppo_hard', 'ppo_ref_dpo'), ('mpo', 'ppo_hard'), ('mpo', 'mpo_from_random'),
+         ('mpo', 'mpo_all'), ('dpo_on_easy', 'dpo_on_random'), ('mpo', 'mixdpo'), ('mpo', 'ppo_then_dpo')]
+
+
+def claims_verdicts():
+    "Of the comparisons with controls, one for each part of MPO"
+    from mpo_nb.study import verdict
+    rows = compared('claims').set_index(['a', 'b'], drop=False)
+    return [f'- {verdict(rows.loc[pair])}' for pair in PARTS]
 
 
 def test_results_are_those_of_the_study():
     "Table and verdicts are what `mpo study toy` gave on seeds that no tuning has seen [fails when a number is changed]"
     import pandas as pd
     from mpo_nb.cells import load_study
-    for line in toy_rows() + toy_verdicts(): assert line in README
+    for line in toy_rows() + toy_verdicts() + claims_verdicts(): assert line in README
     seeds = set(pd.read_parquet(ROOT/'mpo_nb'/'saved'/'toy.parquet').seed)
     assert len(seeds) >= 8 and not seeds & set(load_study('toy').tuned_on)
     assert f'{len(seeds)} seeds' in README
@@ -110,10 +126,7 @@ def test_results_are_those_of_the_study():
 
 def test_the_first_screen_says_what_the_study_says():
     "Before any command [fails when the study's differences turn, and README's sentence stays]"
-    import pandas as pd
-    from mpo_nb.cells import load_study
-    from mpo_nb.study import compare_policies
-    table = compare_policies(load_study('toy'), pd.read_parquet(ROOT/'mpo_nb'/'saved'/'toy.parquet'))
+    table = compared('toy')
     diff = table[table.p_holm < .05].set_index(['a', 'b'])['diff']
     assert diff['mpo', 'ppo'] > 0 > diff['mpo', 'dpo'] and diff['ppo', 'dpo'] < 0
     said = ' '.join(README[:README.index('## Two commands')].split())
@@ -123,4 +136,4 @@ def test_the_first_screen_says_what_the_study_says():
 if __name__ == '__main__':   # brings picture and minutes up to date, and prints the numbers to be written
     PICTURE.write_bytes(study_picture())
     (ROOT/'README.md').write_text(with_minutes(README), encoding='utf-8')
-    print(*toy_rows(), *toy_verdicts(), sep='\n')
+    print(*toy_rows(), *toy_verdicts(), *claims_verdicts(), sep='\n')
