@@ -107,6 +107,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'mpo_nb.cells.load_study': ('cells.html#load_study', 'mpo_nb/cells.py'),
                               'mpo_nb.cells.one_nested': ('cells.html#one_nested', 'mpo_nb/cells.py'),
                               'mpo_nb.cells.parse_seeds': ('cells.html#parse_seeds', 'mpo_nb/cells.py'),
+                              'mpo_nb.cells.process_context': ('cells.html#process_context', 'mpo_nb/cells.py'),
                               'mpo_nb.cells.random_settings': ('cells.html#random_settings', 'mpo_nb/cells.py'),
                               'mpo_nb.cells.rounded': ('cells.html#rounded', 'mpo_nb/cells.py'),
                               'mpo_nb.cells.run_cell': ('cells.html#run_cell', 'mpo_nb/cells.py'),

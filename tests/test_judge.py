@@ -23,7 +23,7 @@ import pandas as pd
 import pytest
 
 import judge_server
-from forks import fork
+from forks import execute, fork
 from judge_server import Server, best
 from mpo_nb.core import UserError
 from mpo_nb.sources import data_path
@@ -890,18 +890,17 @@ def real_server(tmp_path_factory):
         opt.step(); opt.zero_grad()
     model.save_pretrained(out); tok.save_pretrained(out)
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    process = subprocess.Popen([sys.executable, '-m', 'transformers.cli.transformers', 'serve',
-                                str(out), '--host', '127.0.0.1', '--port', str(port), '--device', 'cpu'],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               env=os.environ | dict(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1'))
+    code = "import runpy; runpy.run_module('transformers.cli.transformers', run_name='__main__')"
+    argv = ['serve', str(out), '--host', '127.0.0.1', '--port', str(port), '--device', 'cpu']
+    process = fork(execute, (code, argv), os.devnull)
     try:
         for _ in range(600):
-            assert process.poll() is None, 'transformers serve ended'
+            assert process.is_alive(), 'transformers serve ended'
             with contextlib.suppress(OSError):
                 if urllib.request.urlopen(f'http://127.0.0.1:{port}/health', timeout=5).status == 200: break
             time.sleep(.2)
         yield dict(url=f'http://127.0.0.1:{port}/v1', model=str(out))
-    finally: process.kill(); process.wait()
+    finally: process.kill(); process.join()
 
 
 def test_a_real_server_end_to_end(real_server, tmp_path):

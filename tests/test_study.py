@@ -124,14 +124,14 @@ def test_two_at_a_time_and_a_failed_cell(tmp_path, capsys, studies):
 
 def test_a_killed_study_leaves_no_worker(tmp_path):
     "Its workers end by themselves [fails without `end_with_parent`]"
-    import psutil, signal, time
+    import psutil, time
     path = write_study(tmp_path/'s.yaml')
     p = subprocess.Popen([sys.executable, '-m', 'mpo_nb.cli', 'study', path, '--seeds', '10-12', '--jobs', '2',
                           '--output_dir', str(tmp_path/'out')], env=ENV, stdout=subprocess.DEVNULL)
     deadline = time.time() + 120
     while not list(tmp_path.glob('out/*/seed-*/sft')) and time.time() < deadline: time.sleep(.1)
     children = psutil.Process(p.pid).children(recursive=True)
-    p.send_signal(signal.SIGKILL); p.wait()
+    p.kill(); p.wait()
     _, alive = psutil.wait_procs(children, timeout=20)
     assert children and not alive
 
