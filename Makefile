@@ -55,12 +55,17 @@ dist: $(READY)
 
 # a current pip: the resolver of the one that comes with Python 3.11 searches for many minutes
 # torch first and alone, at the tested version: left to itself pip may resolve a newer build
-# --no-compile: of 20,000 modules a few thousand are ever imported, and those are compiled at their first import
+# --no-compile: of 20,000 modules a few thousand are ever imported. These are compiled by importing them here, torch's while
+# pip installs the rest: half a minute's work, which otherwise each of the first processes would do for itself
+COMPILE_1 := import torch._dynamo, torch.distributed.tensor
+COMPILE_2 := import datasets, pandas; from transformers import Trainer
+COMPILE_3 := import matplotlib.pyplot, scipy.stats, statsmodels.api, IPython
 $(READY): settings.ini pyproject.toml setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q --no-compile -c constraints.txt torch
-	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e '.[dev]'
+	$(BIN)/python -W ignore -c '$(COMPILE_1)' & $(BIN)/python -m pip install -q --no-compile -c constraints.txt -e '.[dev]' && wait
+	$(BIN)/python -c '$(COMPILE_2)' & $(BIN)/python -c '$(COMPILE_3)' && wait
 	touch $@
 
 clean:
