@@ -291,7 +291,8 @@ def run_cell(study: Study, variant: str, seed: int, folder: Path) -> str: # '' o
     return ''
 
 # %% ../nbs/48_cells.ipynb #dd802c4b
-LIBRARIES = 'mpo_nb.dpo', 'mpo_nb.ppo_trainer', 'mpo_nb.results', 'trl.trainer.sft_trainer', 'trl.trainer.reward_trainer'
+LIBRARIES = ('mpo_nb.dpo', 'mpo_nb.ppo_trainer', 'mpo_nb.results', 'trl.trainer.sft_trainer',
+             'trl.trainer.reward_trainer')
 
 def process_context():
     "How workers start: as forks of a process that imported the libraries once; where there are no forks, anew"

@@ -271,7 +271,8 @@ def test_a_turned_dial_is_reproducible():
         a, b = fingerprint(dial(by_prompt), 3), fingerprint(dial(by_prompt), 3)
         assert a == b != fingerprint(dial(by_prompt), 4)
     import subprocess, sys
-    code = (f'from mpo_nb.worlds import ToyWorld\nfor by_prompt in (.5, 1.):\n    w = ToyWorld(**{DIAL}, by_prompt=by_prompt)\n'
+    code = ('from mpo_nb.worlds import ToyWorld\nfor by_prompt in (.5, 1.):\n'
+            f'    w = ToyWorld(**{DIAL}, by_prompt=by_prompt)\n'
             '    print(len(w.all_prompts()), w.demonstrations(20, 3)[:])')
     out = {subprocess.run([sys.executable, '-c', code], env={**os.environ, 'PYTHONHASHSEED': h}, capture_output=True,
                           text=True, check=True).stdout for h in ('1', '2')}
