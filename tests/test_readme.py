@@ -114,11 +114,17 @@ def claims_verdicts():
     return [f'- {verdict(rows.loc[pair])}' for pair in PARTS]
 
 
+def after_verdicts():
+    "MPO without its split"
+    from mpo_nb.study import verdict
+    return [f'- {verdict(row)}' for _, row in compared('after').iterrows()]
+
+
 def test_results_are_those_of_the_study():
     "Table and verdicts are what `mpo study toy` gave on seeds that no tuning has seen [fails when a number is changed]"
     import pandas as pd
     from mpo_nb.cells import load_study
-    for line in toy_rows() + toy_verdicts() + claims_verdicts(): assert line in README
+    for line in toy_rows() + toy_verdicts() + claims_verdicts() + after_verdicts(): assert line in README
     seeds = set(pd.read_parquet(ROOT/'mpo_nb'/'saved'/'toy.parquet').seed)
     assert len(seeds) >= 8 and not seeds & set(load_study('toy').tuned_on)
     assert f'{len(seeds)} seeds' in README
@@ -136,4 +142,4 @@ def test_the_first_screen_says_what_the_study_says():
 if __name__ == '__main__':   # brings picture and minutes up to date, and prints the numbers to be written
     PICTURE.write_bytes(study_picture())
     (ROOT/'README.md').write_text(with_minutes(README), encoding='utf-8')
-    print(*toy_rows(), *toy_verdicts(), *claims_verdicts(), sep='\n')
+    print(*toy_rows(), *toy_verdicts(), *claims_verdicts(), *after_verdicts(), sep='\n')
