@@ -55,8 +55,8 @@ dist: $(READY)
 
 # a current pip: the resolver of the one that comes with Python 3.11 searches for many minutes
 # torch first and alone, at the tested version: left to itself pip may resolve a newer build
-# --no-compile: of 20,000 modules a few thousand are ever imported. These are compiled by importing them here, torch's while
-# pip installs the rest: half a minute's work, which otherwise each of the first processes would do for itself
+# --no-compile: of 20,000 modules a few thousand are ever imported. Importing them here compiles them, torch's while pip
+# installs the rest: half a minute's work, which otherwise each of the first processes would do for itself
 COMPILE_1 := import torch._dynamo, torch.distributed.tensor
 COMPILE_2 := import datasets, pandas; from transformers import Trainer
 COMPILE_3 := import matplotlib.pyplot, scipy.stats, statsmodels.api, IPython

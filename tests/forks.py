@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 import tempfile
+from contextlib import contextmanager
 from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,7 +47,7 @@ def fork(target, args, out, err=None, env=None, cwd=None):
 
 
 def execute(code, argv):
-    "What `python -c CODE ARGV` does in a process that stands in the folder of the tests"
+    "What `python -c CODE ARGV` does, in a process that finds the modules of the tests"
     import torch
     torch.set_num_threads(1)
     sys.argv = ['-c', *argv]
@@ -67,6 +68,14 @@ def run_code(code, *argv, env=None, cwd=None, timeout=600):
     with tempfile.TemporaryDirectory() as tmp:
         files = f'{tmp}/out', f'{tmp}/err'
         return ended(fork(execute, (code, list(map(str, argv))), *files, env, cwd), *files, timeout)
+
+
+@contextmanager
+def running(*args, **kw):
+    "The process of `fork`, which is gone behind the `with`, whatever happened in it"
+    process = fork(*args, **kw)
+    try: yield process
+    finally: process.kill(), process.join()
 
 
 def free_port():

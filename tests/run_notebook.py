@@ -1,5 +1,4 @@
 "Run a notebook as `nbdev-test` does, in a process of its own"
-import os
 import sys
 
 from forks import fork

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from forks import free_port
 from mpo_nb.core import UserError
 from mpo_nb.compare import compare, swap
 from mpo_nb.agreement import pairwise_agreement, plot_agreement, rater_agreement, verdict_table
@@ -562,16 +562,10 @@ annotate(rows, 'votes', 'ann', question='Which answer is more helpful?')
 '''
 
 
-def _free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
-
-
 @pytest.fixture
 def lab(tmp_path):
     "A running JupyterLab on a folder of its own, with a notebook of one cell; its address with token"
-    port, token = _free_port(), os.urandom(12).hex()
+    port, token = free_port(), os.urandom(12).hex()
     work = tmp_path/'work'
     work.mkdir()
     cell = dict(cell_type='code', id='page', execution_count=None, metadata={}, outputs=[], source=CELL.strip())

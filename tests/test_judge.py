@@ -9,9 +9,6 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -23,7 +20,7 @@ import pandas as pd
 import pytest
 
 import judge_server
-from forks import execute, fork
+from forks import execute, free_port, running
 from judge_server import Server, best
 from mpo_nb.core import UserError
 from mpo_nb.sources import data_path
@@ -180,7 +177,7 @@ def test_an_error_that_will_not_go_away_stops_the_run(status, word):
 
 
 def test_a_server_that_is_gone_stops_the_run():
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    port = free_port()
     out = LLMJudge('m', base_url=f'http://127.0.0.1:{port}/v1', retries=0, give_up=5, concurrency=2)(rows_of(50))
     assert (out.verdict == 'failed').all() and out.reason.str.contains('not asked: 5 failures in a row').sum() > 40
 
@@ -242,15 +239,15 @@ HOSTILE = {'marks, then none': lambda n: '[[A]] '*n + 'x', 'marks, then another'
 @pytest.mark.parametrize('make', HOSTILE.values(), ids=HOSTILE)
 def test_no_reply_takes_long_to_read(make):
     """Time that doubles with each mark would need longer than the world lasts for 5,000 of them; time that grows
-    with the square takes 10,000 times as long for a hundred times the text, ours about a hundred. Time of this
-    process alone, and a wide gap between the two, since the machine does other things meanwhile
+    with the square takes 400 times as long for twenty times the text, ours about twenty. Time of this process alone,
+    and a wide gap between the two, since the machine does other things meanwhile
     [fails with one regular expression for all marks at the end of a line]"""
     def seconds(n):
         start = time.process_time()
         with contextlib.suppress(Unreadable): read_verdict(make(n))
         return time.process_time() - start
     assert seconds(5_000) < 2
-    assert seconds(500_000) < 1_000*max(min(seconds(5_000) for _ in range(3)), 1e-4)
+    assert seconds(100_000) < 150*max(min(seconds(5_000) for _ in range(3)), 1e-4)
 
 
 @pytest.mark.parametrize('text, reason', [('Shorter. Better.\n**[[B]]**', 'Shorter. Better.'), ('a\nso [[B]]', 'a so'),
@@ -483,9 +480,9 @@ def test_item63_killed_at_twenty_moments_nothing_stored_is_lost_or_asked_again(t
     stored, again = set(), []
     done = lambda: {(a['id'], a['order']) for a in read_answers(path).values()}
     name = lambda q: (str(q[0]), 'ab' if q[1].startswith('answer a') else 'ba')
-    with Server(delay=.002) as server:
-        ours, theirs = multiprocessing.Pipe()
-        mother = fork(ask_in_children, (theirs, server.url, path, rows), tmp_path/'log')
+    ours, theirs = multiprocessing.Pipe()
+    with Server(delay=.002) as server, running(ask_in_children, (theirs, server.url, path, rows), tmp_path/'log'):
+        theirs.close()   # so that the end of the other process is seen here
         def start():
             ours.send(True)
             return ours.recv()
@@ -506,8 +503,6 @@ def test_item63_killed_at_twenty_moments_nothing_stored_is_lost_or_asked_again(t
         start()
         assert ours.recv() == 0, (tmp_path/'log').read_text()
         assert not stored & {name(q) for q, _, _ in server.requests[at:]}
-        ours.send(False)
-        mother.join()
     assert len(stored) > 100 and len(done()) == len(read_answers(path)) == 400
     # the server is gone: all from the store
     assert LLMJudge('m', base_url=server.url, answers=path, max_tokens=64)(rows).verdict.tolist() == truth(rows)
@@ -889,18 +884,16 @@ def real_server(tmp_path_factory):
               labels=torch.tensor([[-100]*len(asked) + answer])).loss.backward()
         opt.step(); opt.zero_grad()
     model.save_pretrained(out); tok.save_pretrained(out)
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    port = free_port()
     code = "import runpy; runpy.run_module('transformers.cli.transformers', run_name='__main__')"
     argv = ['serve', str(out), '--host', '127.0.0.1', '--port', str(port), '--device', 'cpu']
-    process = fork(execute, (code, argv), os.devnull)
-    try:
+    with running(execute, (code, argv), os.devnull) as process:
         for _ in range(600):
             assert process.is_alive(), 'transformers serve ended'
             with contextlib.suppress(OSError):
                 if urllib.request.urlopen(f'http://127.0.0.1:{port}/health', timeout=5).status == 200: break
             time.sleep(.2)
         yield dict(url=f'http://127.0.0.1:{port}/v1', model=str(out))
-    finally: process.kill(); process.join()
 
 
 def test_a_real_server_end_to_end(real_server, tmp_path):

@@ -137,6 +137,12 @@ def test_the_first_screen_says_what_the_study_says():
     assert diff['mpo', 'ppo'] > 0 > diff['mpo', 'dpo'] and diff['ppo', 'dpo'] < 0
     said = ' '.join(README[:README.index('## Two commands')].split())
     assert 'MPO is ahead of PPO, and plain DPO on all pairs is ahead of both' in said
+    claims = compared('claims').set_index(['a', 'b'])
+    helps = claims[claims.p_holm < .05]['diff']
+    assert helps['mpo', 'mpo_ref_sft'] > 0 > helps['ppo_hard', 'ppo_ref_dpo']
+    assert 'the DPO model as PPO\'s KL reference helps' in said
+    split = [('dpo_on_easy', 'dpo_on_random'), *[('mpo', f'mpo_{k}') for k in ('all', 'random', 'from_random')]]
+    assert not any(helps.get(pair, 0) > 0 for pair in split) and 'for the split by reward gap we found no gain' in said
 
 
 if __name__ == '__main__':   # brings picture and minutes up to date, and prints the numbers to be written

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -73,9 +74,9 @@ def tree(module):
     return ast.parse((ROOT/'mpo_nb'/f'{module}.py').read_text(encoding='utf-8'))
 
 
-def imports(module):
-    "(room, names) of every import from another room, wherever it stands"
-    for node in ast.walk(tree(module)):
+def imports(module, nodes=None):
+    "(room, names) of every import from another room, wherever it stands, or among `nodes`"
+    for node in nodes or ast.walk(tree(module)):
         if isinstance(node, ast.Import):
             yield from ((a.name.split('.')[1], []) for a in node.names if a.name.startswith('mpo_nb.'))
         if not isinstance(node, ast.ImportFrom) or not (node.level or (node.module or '').startswith('mpo_nb')):
@@ -102,17 +103,13 @@ def test_a_room_imports_public_names_only(module):
     assert not private, f'{module} imports {private}'
 
 
-def imported_with(module, seen=()):
+@cache
+def imported_with(module):
     "Packages that are imported where a room is imported, by it or by rooms that it imports; not those in functions"
-    packages, seen = set(), {*seen, module}
-    for node in tree(module).body:
-        if isinstance(node, ast.Import): packages |= {a.name.split('.')[0] for a in node.names}
-        if not isinstance(node, ast.ImportFrom): continue
-        room = (node.module or '').removeprefix('mpo_nb').lstrip('.')
-        ours = node.level or (node.module or '').startswith('mpo_nb')
-        if not ours: packages.add(node.module.split('.')[0])
-        elif room in ROOMS and room not in seen: packages |= imported_with(room, seen)
-    return packages
+    body = tree(module).body
+    packages = {a.name.split('.')[0] for node in body if isinstance(node, ast.Import) for a in node.names}
+    packages |= {node.module.split('.')[0] for node in body if isinstance(node, ast.ImportFrom) and not node.level}
+    return packages.union(*(imported_with(room) for room, _ in imports(module, body)))
 
 
 @pytest.mark.parametrize('module', ['cli', 'judging', 'human', 'results', 'agreement'])
