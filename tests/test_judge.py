@@ -247,7 +247,7 @@ def test_no_reply_takes_long_to_read(make):
         with contextlib.suppress(Unreadable): read_verdict(make(n))
         return time.process_time() - start
     assert seconds(5_000) < 2
-    assert seconds(100_000) < 150*max(min(seconds(5_000) for _ in range(3)), 1e-4)
+    assert seconds(20_000) < 150*max(min(seconds(1_000) for _ in range(5)), 1e-4)
 
 
 @pytest.mark.parametrize('text, reason', [('Shorter. Better.\n**[[B]]**', 'Shorter. Better.'), ('a\nso [[B]]', 'a so'),
