@@ -238,16 +238,15 @@ HOSTILE = {'marks, then none': lambda n: '[[A]] '*n + 'x', 'marks, then another'
 
 @pytest.mark.parametrize('make', HOSTILE.values(), ids=HOSTILE)
 def test_no_reply_takes_long_to_read(make):
-    """Time that doubles with each mark would need longer than the world lasts for 5,000 of them; time that grows
-    with the square takes 400 times as long for twenty times the text, ours about twenty. Time of this process alone,
-    and a wide gap between the two, since the machine does other things meanwhile
-    [fails with one regular expression for all marks at the end of a line]"""
+    """Time that doubles with each mark would need longer than the world lasts for 5,000 of them; time that grows with
+    the square needs minutes for 100,000, ours at most 0.2 s, of this process alone [fails with one regular expression
+    for all marks at the end of a line]"""
     def seconds(n):
         start = time.process_time()
         with contextlib.suppress(Unreadable): read_verdict(make(n))
         return time.process_time() - start
     assert seconds(5_000) < 2
-    assert seconds(20_000) < 150*max(min(seconds(1_000) for _ in range(5)), 1e-4)
+    assert seconds(100_000) < 3
 
 
 @pytest.mark.parametrize('text, reason', [('Shorter. Better.\n**[[B]]**', 'Shorter. Better.'), ('a\nso [[B]]', 'a so'),
