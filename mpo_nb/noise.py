@@ -118,10 +118,11 @@ def wrong_probability(
     seen=None,      # [N] 0: one label, 1: two that agree, 2: two that differ; default: one label
 ) -> np.ndarray:    # [N]
     "Probability that the (first) label contradicts the truth; equal answers count one half"
-    d = _strengths(gaps, slope, log_spread)
-    seen = np.zeros(len(d), int) if seen is None else seen
-    like = _likelihoods(d)[seen, np.arange(len(d))] * GRID_WEIGHTS
-    return (like * ((d < 0) + (d == 0)/2)).sum(1) / like.sum(1)
+    d, seen = _strengths(gaps, slope, log_spread), np.zeros(len(gaps), int) if seen is None else np.asarray(seen)
+    p = expit(d)
+    like = p*GRID_WEIGHTS
+    for rows, second in ((seen == 1, p), (seen == 2, 1 - p)): like[rows] *= second[rows]
+    return ((like*(d < 0)).sum(1) + (like*(d == 0)).sum(1)/2)/like.sum(1)
 
 # %% ../nbs/18_noise.ipynb #51f2c779
 def _seen(again, n):

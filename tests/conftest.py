@@ -35,6 +35,13 @@ def own_random_state():
     with seeded(0): yield
 
 
+@pytest.fixture(scope='module')
+def no_pictures():
+    "Runs of a file's tests write their pages without figures"
+    from util import without_pictures
+    with pytest.MonkeyPatch.context() as m: yield without_pictures(m.setattr)
+
+
 @pytest.fixture(scope='session')
 def two(tmp_path_factory):
     "Results of two_processes.py: (folder, one dict a process). `use_cpu` makes the backend gloo"

@@ -47,6 +47,7 @@ import mpo_nb.evaluate, mpo_nb.gap, mpo_nb.ppo_trainer, mpo_nb.dpo
 from mpo_nb.recipe import load_recipe
 from mpo_nb.pipeline import stages
 from mpo_nb.cli import main
+from util import without_pictures
 gc.freeze()
 recipe, whole, killed = sys.argv[1:]
 
@@ -75,6 +76,8 @@ def end(pid, number):
     os.kill(pid, number)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
+assert os.waitstatus_to_exitcode(os.waitpid(start(whole), 0)[1]) == 0
+without_pictures()
 kills = []
 for stage in stages(load_recipe(recipe)):
     pid = start(killed)
@@ -90,7 +93,6 @@ for stage in stages(load_recipe(recipe)):
         time.sleep(.001)
     if not done: end(pid, signal.SIGKILL)
 assert os.waitstatus_to_exitcode(os.waitpid(start(killed), 0)[1]) == 0
-assert os.waitstatus_to_exitcode(os.waitpid(start(whole), 0)[1]) == 0
 print('killed in', *kills)
 '''
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from forks import run_code
+from forks import run_code, running, execute
 from mpo_nb.core import UserError
 from mpo_nb.pipeline import sampled_pairs, stages, with_only
 from mpo_nb.recipe import load_recipe
@@ -21,6 +21,7 @@ from mpo_nb.cells import (
 from mpo_nb.study import best_draws, compare_policies, notes, plan, settings_hash, study_page
 from mpo_nb.cli import main
 
+pytestmark = pytest.mark.usefixtures('no_pictures')
 ENV = dict(os.environ, OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
 TINY = dict(recipe='toy', model=dict(size=dict(hidden_size=32, num_hidden_layers=1)),
             data=dict(demonstrations=200, pairs=150), sft=dict(max_steps=10, save_steps=4, learning_rate=2e-3),
@@ -47,8 +48,10 @@ import torch, trl, transformers, datasets, matplotlib.figure
 from trl import SFTTrainer, RewardTrainer
 import mpo_nb.results, mpo_nb.ppo_trainer, mpo_nb.dpo, mpo_nb.study
 from mpo_nb.cli import main
+from util import without_pictures
 gc.freeze()
 study, whole, killed, kills = *sys.argv[1:4], int(sys.argv[4])
+without_pictures()
 
 def start(folder):
     pid = os.fork()
@@ -125,15 +128,17 @@ def test_two_at_a_time_and_a_failed_cell(tmp_path, capsys, studies):
 def test_a_killed_study_leaves_no_worker(tmp_path):
     "Its workers end by themselves [fails without `end_with_parent`]"
     import psutil, time
-    path = write_study(tmp_path/'s.yaml')
-    p = subprocess.Popen([sys.executable, '-m', 'mpo_nb.cli', 'study', path, '--seeds', '10-12', '--jobs', '2',
-                          '--output_dir', str(tmp_path/'out')], env=ENV, stdout=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while not list(tmp_path.glob('out/*/seed-*/sft')) and time.time() < deadline: time.sleep(.1)
-    children = psutil.Process(p.pid).children(recursive=True)
-    p.kill(); p.wait()
-    _, alive = psutil.wait_procs(children, timeout=20)
-    assert children and not alive
+    # all that its workers import has no part in this, and takes long
+    code = ('import sys, mpo_nb.cells; mpo_nb.cells.LIBRARIES = ["mpo_nb.cells"]; from mpo_nb.cli import main; '
+            'main(["study", sys.argv[1], "--seeds", "10-12", "--jobs", "2", "--output_dir", sys.argv[2]])')
+    argv = [write_study(tmp_path/'s.yaml'), str(tmp_path/'out')]
+    with running(execute, (code, argv), tmp_path/'log', env=ENV) as p:
+        deadline = time.time() + 120
+        while not list(tmp_path.glob('out/*/seed-*')) and time.time() < deadline: time.sleep(.1)
+        children = psutil.Process(p.pid).children(recursive=True)
+        p.kill()
+        _, alive = psutil.wait_procs(children, timeout=20)
+    assert len(children) > 2 and not alive
 
 
 def test_the_plan(studies, capsys):

@@ -20,6 +20,15 @@ from mpo_nb.worlds import get_world
 
 KINDS = 'gpt2', 'llama', 'neox', 'qwen2', 'gemma'
 
+# ---- runs
+
+def without_pictures(set=setattr):
+    "Pages without their figures, whose drawing takes a third of a tiny run: for runs whose pages nobody looks at"
+    import mpo_nb.report, mpo_nb.study
+    empty = 'data:image/svg+xml;base64,'
+    for module in (mpo_nb.report, mpo_nb.study): set(module, 'drawn', lambda *args, **kw: empty)
+    set(mpo_nb.report, 'as_image', lambda fig: empty)
+
 # ---- tokenizers
 
 @cache
