@@ -1,4 +1,7 @@
-"Every notebook is a test: it runs from top to bottom in a process of its own, as `nbdev-test` runs it."
+"""Every notebook is a test: it runs from top to bottom in a process of its own, as `nbdev-test` runs it.
+
+Another processor rounds differently, and a training makes other numbers of that. What a notebook claims has to hold
+there, too: MPO_NB_CACHE=$(mktemp -d) ATEN_CPU_CAPABILITY=default pytest tests/test_toy.py tests/test_notebooks.py"""
 import os
 
 import pytest
