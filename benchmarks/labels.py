@@ -5,12 +5,14 @@ the frozen hidden states of a model that understands text.
 
 MODEL is a folder or Hub id of a chat model (SmolLM2-135M-Instruct); the data are local files (see 02_sources). HH-RLHF
 is written by the model's chat template; TL;DR is one message of the user. Long pairs are set aside and counted. Every
-text is read once and kept in the cache folder, so a run that was stopped goes on. Takes hours on two
-cores. Written: labels.parquet, a row a pair: source, subset, prompt number, gap and its spread over the folds, fold,
-length of both answers in words; and labels.json with counts, date and machine."""
+text is read once and kept in the cache folder, so a run that was stopped goes on. Takes half an hour to hours on two
+cores. Written: labels.parquet, a row a pair: source, number of the prompt, gap and its spread over the folds, fold,
+length of both answers in words, what the other comparisons of the post imply (`implied`), file and row of the text; and
+labels.json with counts, date and machine."""
 import argparse, datetime, json, os, platform, time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -42,6 +44,17 @@ def usable(name, tok, rows):
     kept, long, _ = fit_lengths(chats, tok, LENGTHS)
     return kept, dict(pairs=len(kept), refused=len(refused), too_long=len(long))
 
+def implied(pairs):
+    """What two other comparisons with one answer in common say about each pair, [N]: 1 its own label (chosen over
+    some c, c over rejected), -1 the opposite, 0 nothing, or both equally often"""
+    said = []
+    table = pd.DataFrame({k: pairs[k][:] for k in ('prompt', 'chosen', 'rejected')})
+    for _, post in table.groupby('prompt'):
+        over, answers = {*zip(post.chosen, post.rejected)}, {*post.chosen, *post.rejected}
+        way = lambda a, b: sum((a, c) in over and (c, b) in over for c in answers)
+        said += [(i, way(a, b) - way(b, a)) for i, a, b in zip(post.index, post.chosen, post.rejected)]
+    return np.sign(pd.Series(dict(said)).sort_index().to_numpy())
+
 def scored(features, pairs):
     "A row a pair"
     features(2*pairs['prompt'][:], pairs['chosen'][:] + pairs['rejected'][:])   # all at once, prompts shared
@@ -50,7 +63,8 @@ def scored(features, pairs):
     number = pd.factorize(pd.Series(pairs['prompt'][:]))[0]
     return gaps, pd.DataFrame(dict(prompt=number, gap=gaps['gap'][:], spread=gaps['gap_spread'][:],
                                    fold=gaps['fold'][:], chosen_words=words('chosen'),
-                                   rejected_words=words('rejected'), file=pairs['file'][:], row=pairs['row'][:]))
+                                   rejected_words=words('rejected'), implied=implied(pairs),
+                                   file=pairs['file'][:], row=pairs['row'][:]))
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

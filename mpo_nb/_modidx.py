@@ -939,6 +939,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mpo_nb.results.write_comparison': ('results.html#write_comparison', 'mpo_nb/results.py')},
             'mpo_nb.reward': { 'mpo_nb.reward.RewardModel': ('reward.html#rewardmodel', 'mpo_nb/reward.py'),
                                'mpo_nb.reward.RewardModel.__init__': ('reward.html#rewardmodel.__init__', 'mpo_nb/reward.py'),
+                               'mpo_nb.reward.RewardModel._block_scores': ('reward.html#rewardmodel._block_scores', 'mpo_nb/reward.py'),
                                'mpo_nb.reward.RewardModel._fit': ('reward.html#rewardmodel._fit', 'mpo_nb/reward.py'),
                                'mpo_nb.reward.RewardModel._sharing': ('reward.html#rewardmodel._sharing', 'mpo_nb/reward.py'),
                                'mpo_nb.reward.RewardModel.center': ('reward.html#rewardmodel.center', 'mpo_nb/reward.py'),
