@@ -256,7 +256,9 @@ def _sharing(self: RewardModel, rows, fits):
     some = sorted(np.flatnonzero(share), key=lambda i: lengths[i].sum())[-2:]
     return share & (len(some) > 0 and shares_prompt(self.model, [rows[i] for i in some], self.tok.pad_token_id))
 
-# %% ../nbs/14_reward.ipynb #27c8fced
+# %% ../nbs/14_reward.ipynb #2bdb98c0
+BLOCK = 10_000   # pairs whose tokens are in memory at a time
+
 @patch
 def _block_scores(self: RewardModel, prompts, chosen, rejected, batch_size):
     "Scores of pairs, [N, 2], finite or not"
@@ -273,9 +275,6 @@ def _block_scores(self: RewardModel, prompts, chosen, rejected, batch_size):
     texts = self._fit([rows[i][0] + rows[i][k] for i in apart for k in (1, 2)])
     if texts: out[apart] = _text_scores(self.model, texts, pad, batch_size).reshape(-1, 2)
     return out
-
-# %% ../nbs/14_reward.ipynb #2bdb98c0
-BLOCK = 10_000   # pairs whose tokens are in memory at a time
 
 @patch
 def score_pairs(self: RewardModel,

@@ -228,7 +228,7 @@ def data_path(
 )->Path|None:     # where it is; None where this machine does not have it
     "A local copy of a data set: below `$MPO_NB_DATA`, or else below `shared/data` beside the project"
     env, here = os.environ.get('MPO_NB_DATA'), Path.cwd()
-    places = [Path(env).expanduser()] if env else [p/'shared'/'data' for p in (here.parent, here.parent.parent)]
+    places = [Path(env).expanduser()] if env else [p/'shared'/'data' for p in [*here.parents][:3]]
     return next((p/name for p in places if (p/name).is_dir()), None)
 
 # %% ../nbs/02_sources.ipynb #d24c9e41
