@@ -298,7 +298,8 @@ def plot_gaps(
     sets = _named_gaps(ds)
     ax.hist(list(sets.values()), bins=bins, stacked=True, label=[f'{k} ({len(g)})' for k, g in sets.items()],
             color=[COLORS.get(k, 'tab:green') for k in sets])
-    for t in ([] if threshold is None else {threshold, -threshold}): ax.axvline(t, color='k', ls=':', lw=1)
+    for t in ([] if threshold is None else {threshold, -threshold}):
+        ax.axvline(t, color='k', ls=':', lw=1, label='± threshold' if t == threshold else None)
     ax.set(title='reward gaps of the preference pairs', xlabel='reward gap: chosen - rejected', ylabel='pairs')
     ax.legend(fontsize='small')
     return ax

@@ -84,8 +84,7 @@ def last_token_scores(
 def _right_padded(rows, pad_id, device):
     "Lists of ids as (ids, attention mask); the mask comes from the lengths"
     ids = pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=pad_id)
-    lengths = torch.tensor([len(r) for r in rows])
-    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+    mask = (torch.arange(ids.shape[1]) < torch.tensor([len(r) for r in rows])[:, None]).long()
     return ids.to(device), mask.to(device)
 
 # %% ../nbs/14_reward.ipynb #c863b705
@@ -214,8 +213,7 @@ class RewardModel:
 # %% ../nbs/14_reward.ipynb #e784b2f2
 @patch
 def encode_all(self: RewardModel, prompts: list, completions: list):
-    """Two lists of ids, of the prompts and of what follows (encoders: nothing, and the whole text); joined, the ids are
-    those of `encode`"""
+    "Ids of the prompts and of what follows (encoders: nothing, and the whole text); joined they are those of `encode`"
     if self.decoder: return encode_prompts(self.tok, prompts), encode_completions(self.tok, prompts, completions)
     return [[] for _ in prompts], [self.tok(p + c)['input_ids'] for p, c in zip(prompts, completions)]
 
@@ -391,7 +389,8 @@ def train_reward(
 
 # %% ../nbs/14_reward.ipynb #19fd0839
 # modules up to this one
-MADE_BY = 'core', 'data', 'worlds', 'logprobs', 'sampling', 'pairs', 'training', 'arguments', 'reward'
+MADE_BY = ('core', 'data', 'toy_language', 'world_base', 'worlds', 'logprobs', 'chats', 'sampling', 'pairs', 'training',
+           'arguments', 'reward')
 
 def _cache_folder(what, arguments):
     "Folder for a result that depends on `arguments`, on the modules up to this one, and on the libraries"

@@ -152,7 +152,7 @@ IGNORED = {'dataset_info.json', 'dataset_infos.json', 'dataset_dict.json', 'stat
 def _data_files(root, subset):
     "The data files below `root/subset`, as paths relative to `root`"
     if subset and not (root/subset).is_dir():
-        there = ', '.join(sorted(p.name for p in root.iterdir() if p.is_dir())) or '(none)'
+        there = ', '.join(sorted(p.name for p in root.iterdir() if p.is_dir() and p.name[0] != '.')) or '(none)'
         raise UserError(f'{root} has no folder {subset}: give one of {there}.')
     found = sorted(p.relative_to(root) for p in (root/(subset or '')).rglob('*')
                    if p.is_file() and file_kind(p) and p.name not in IGNORED)

@@ -300,7 +300,7 @@ def test_hh_rows_set_aside(chosen, rejected, why): assert hh_pair(dict(chosen=ch
 
 @pytest.mark.parametrize('a,b,why', [('Paris ', 'London', None), ('The sky', 'The sky is blue', None),
                                      ('Same', 'Same', 'equal completions'), ('', '', 'equal completions')])
-def test_four_inputs_that_corrupt_extract_prompt(a, b, why, tmp_path):
+def test_answers_that_begin_alike_or_are_equal(a, b, why, tmp_path):
     assert split_dialogue(ASK+a, ASK+b)==(ASK, a, b)
     new, reason = hh_pair(dict(chosen=ASK+a, rejected=ASK+b))
     assert reason==why

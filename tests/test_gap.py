@@ -170,7 +170,7 @@ def test_plots_draw_where_they_are_told():
     ds = pairs(GAPS, gold_chosen=[1.]*7, gold_rejected=[0.]*7)
     sets = split_by_gap(ds, threshold=1, disagree='drop')
     assert plot_gaps(sets, threshold=1, ax=a) is a and plot_accuracy_by_gap(ds, ax=b) is b
-    assert [t.get_text() for t in a.get_legend().get_texts()] == ['easy (1)', 'hard (5)', 'aside (1)']
+    assert [t.get_text() for t in a.get_legend().get_texts()] == ['easy (1)', 'hard (5)', 'aside (1)', '± threshold']
     for x in (a, b): assert x.get_title() and x.get_xlabel() and x.get_ylabel()
     from datasets import concatenate_datasets
     plot_gaps(concatenate_datasets(list(sets.values())), ax=a)
