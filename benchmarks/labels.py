@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 
 from mpo_nb.chats import as_chats
 from mpo_nb.core import replacing
@@ -25,16 +24,12 @@ from mpo_nb.keys import DataKeys
 from mpo_nb.logprobs import load_model
 from mpo_nb.prepare import fit_lengths
 from mpo_nb.sources import data_path
+from mpo_nb.training import processor_has_bf16
 
 SOURCES = {'helpful-base': ('hh-rlhf', 'helpful-base'), 'helpful-online': ('hh-rlhf', 'helpful-online'),
            'harmless-base': ('hh-rlhf', 'harmless-base'), 'tldr': ('tldr', None)}
 LENGTHS, FOLDS = DataKeys(max_prompt_length=400, max_completion_length=160), 5
 
-
-def fast_dtype():
-    "bfloat16 where the processor has units for it"
-    has = getattr(torch.cpu, 'get_capabilities', dict)()
-    return 'bfloat16' if has.get('amx_bf16') or has.get('avx512_bf16') else None
 
 def usable(name, tok, rows):
     "Pairs in the model's own spelling that fit, and how many were set aside"
@@ -72,7 +67,8 @@ def main():
     p.add_argument('--rows', type=int); p.add_argument('--out', default='mpo_nb/saved')
     args = p.parse_args()
     model, tok = load_model(args.model)
-    features, tables, told = Features(model, tok, args.layer, dtype=fast_dtype()), [], {}
+    low = 'bfloat16' if processor_has_bf16() else None
+    features, tables, told = Features(model, tok, args.layer, dtype=low), [], {}
     for name in SOURCES:
         begun = time.perf_counter()
         pairs, counts = usable(name, tok, args.rows)

@@ -1168,6 +1168,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'mpo_nb.training.new_adapter': ('training.html#new_adapter', 'mpo_nb/training.py'),
                                  'mpo_nb.training.parse_dtype': ('training.html#parse_dtype', 'mpo_nb/training.py'),
                                  'mpo_nb.training.policy_and_reference': ('training.html#policy_and_reference', 'mpo_nb/training.py'),
+                                 'mpo_nb.training.processor_has_bf16': ('training.html#processor_has_bf16', 'mpo_nb/training.py'),
                                  'mpo_nb.training.quantization': ('training.html#quantization', 'mpo_nb/training.py'),
                                  'mpo_nb.training.quiet': ('training.html#quiet', 'mpo_nb/training.py'),
                                  'mpo_nb.training.quiet_peft': ('training.html#quiet_peft', 'mpo_nb/training.py'),

@@ -233,7 +233,8 @@ SPEC = 'features.json'
 def save(self: FeatureReward, path):
     "Write the head and what it reads into folder `path`; the model itself stays where it is"
     f = self.features
-    spec = dict(model=f.home, name=f.name, layer=f.layer, dtype=f.dtype, offset=self.offset, l2=self.l2,
+    spec = dict(model=f.home, weights=str(f.model.dtype).removeprefix('torch.'), name=f.name, layer=f.layer,
+                dtype=f.dtype, offset=self.offset, l2=self.l2,
                 pad_token=f.tok.pad_token, eos_token=f.tok.eos_token)
     with replacing(path) as tmp:
         Path(tmp).mkdir(exist_ok=True)
@@ -250,7 +251,8 @@ def load_reward(
     if not spec.is_file(): return RewardModel.load(path, device=device)
     s = read_json(spec)
     home = Path(path)/s['model']
-    model, tok = load_model(home if home.is_dir() else s['model'], pad_token=s['pad_token'], eos_token=s['eos_token'])
+    where = home if home.is_dir() else s['model']
+    model, tok = load_model(where, parse_dtype(s['weights']), s['pad_token'], s['eos_token'])
     if device is None and torch.accelerator.is_available(): device = torch.accelerator.current_accelerator()
     features = Features(model.to(device or 'cpu'), tok, s['layer'], dtype=s['dtype'])
     if features.name != s['name']:

@@ -94,7 +94,7 @@ class ModelKeys:
     pad_token: str | None = key(None, 'pad token for a tokenizer that has none')
     eos_token: str | None = key(None, "the token that ends a completion; null: the tokenizer's own")
     dtype: Literal['float32', 'bfloat16', 'float16', 'auto'] = key(
-        'float32', 'precision of the weights; auto: bfloat16 on a GPU that has it')
+        'float32', 'precision of the weights; auto: bfloat16 where the GPU, or else the processor, has it')
     lora: dict = key(
         {}, 'train adapters instead of all weights, such as {r: 16, alpha: 32, target_modules: [q_proj, v_proj]}; '
             'all policies and references then share the base weights; {}: no adapters')
