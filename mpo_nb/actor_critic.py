@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['trunk_of', 'values_at', 'token_values', 'ValueHead', 'shared_forward', 'entropy', 'not_yet', 'ActorCritic',
-           'flush_rows', 'moved', 'by_length', 'reference_logprobs', 'Rollout', 'token_numbers', 'evaluate_samples']
+           'flush_rows', 'moved', 'by_length', 'reference_logprobs', 'Rollout', 'token_numbers', 'evaluate_samples',
+           'check_same']
 
 # %% ../nbs/21_actor_critic.ipynb #3bc37089
 from dataclasses import dataclass
@@ -13,7 +14,10 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from .logprobs import accepts, Batch, completion_logits, completion_logprobs, gather_logprobs, inference, pad_rows
+from .core import log
+from mpo_nb.logprobs import (
+    accepts, Batch, completion_logits, completion_logprobs, gather_logprobs, inference, masked_mean, pad_rows
+)
 from .sampling import NEVER, Samples
 from .training import bare
 
@@ -187,3 +191,17 @@ def evaluate_samples(
             for k, x in token_numbers(model, ref_model, batch, temperature).items():
                 out[k][rows, :there.shape[1]] = moved(x.float().cpu(), here, there)
     return Rollout(samples, mask, **out)
+
+# %% ../nbs/21_actor_critic.ipynb #c029125b
+def check_same(
+    logprobs: torch.Tensor,  # [B, T] nats
+    others: torch.Tensor,    # [B, T] of what should be the same model
+    mask: torch.Tensor,      # [B, T] bool
+    exact: bool,             # All in fp32? Then the mean difference stays below 0.001 nats, else below 0.02
+    what: str,               # The quantity that is off, and whose log-probs these are, for the warning
+):
+    "A warning where two passes of one model over the same tokens differ by more than rounding"
+    off = masked_mean((logprobs - others).detach().abs(), mask).item()
+    if not off <= (.001 if exact else .02):    # NaN is not below anything
+        log.warning(f'{what} differ by {off:.2g} nats per token before any update: look for dropout or another '
+                    f'random layer that is on, or for another precision in one of the two passes')

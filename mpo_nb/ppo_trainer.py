@@ -27,7 +27,7 @@ from .logprobs import kl_k1, masked_sum
 from .sampling import check_sampling, cut_at_stop, sample, Samples, seeded
 from .training import bare, check_processes, Metrics
 from .arguments import each, model_from, name_of, taken, tokenizer_for, with_prompts, write_card
-from .actor_critic import by_length, evaluate_samples, ValueHead
+from .actor_critic import by_length, check_same, evaluate_samples, ValueHead
 from mpo_nb.ppo import (
     as_scores, checked_scores, estimate_advantages, Experience, kl_prices, minibatch, moments, outputs_of, ppo_loss,
     ppo_losses, PPOSettings, repeat_each, token_rewards
@@ -64,6 +64,7 @@ class PPOTrainer(Trainer):
         self.reward, self.monitors = combined_reward(reward), monitors or {}
         self.experience, self.rollout_index, self.kl_coef, self.metrics_seen = None, -1, args.kl_coef, Metrics()
         self.stopped, self.step_kl = False, 0.0     # of `target_kl`
+        self.unchecked, self.near_itself = False, ref_model is None
         usable = lambda ds, name: usable_prompts(text_prompts(with_prompts(ds), tok, name),
                                                  tok, args.max_prompt_length, name)
         train = None if train_dataset is None else usable(of_stream(train_dataset, args), 'train')
@@ -206,6 +207,23 @@ def _notes(self: PPOTrainer, stats):
                                     a.kl_horizon)
     return notes
 
+# %% ../nbs/24_ppo_trainer.ipynb #8f84533d
+@patch
+def _check_start(self: PPOTrainer, rollout, first):
+    "At the first rollout the KL is 0, unless the reference is another model; the next pass will check the ratio"
+    self.unchecked, self.exact = True, self.accelerator.mixed_precision == 'no' and self.policy.dtype == torch.float32
+    if first and self.near_itself:
+        check_same(rollout.logprobs, rollout.ref_logprobs, rollout.mask, self.exact,
+                   'the KL is not 0: log-probs of policy and reference')
+
+@patch
+def _check_ratio(self: PPOTrainer, logprobs, mb):
+    "At the first pass over a rollout the ratio is 1"
+    if self.unchecked:
+        check_same(logprobs, mb['old_logprobs'], mb['mask'], self.exact,
+                   'the ratio is not 1: log-probs of a rollout and of the first pass over it')
+    self.unchecked = False
+
 # %% ../nbs/24_ppo_trainer.ipynb #cf0707ec
 @patch
 def _rollout(self: PPOTrainer, k):
@@ -215,6 +233,7 @@ def _rollout(self: PPOTrainer, k):
     if k > 0 and a.ref_ema is not None: follow(self.ref_model, self.policy, a.ref_ema)
     places = self._places(a.rollout_batch_size // a.num_generations, a.num_generations)
     rollout, scores, stats = self._sample_and_score(self._prompts_of(k), rollout_seed(a.seed, k), places)
+    self._check_start(rollout, k == 0 and self.experience is None)
     self._keep_completions(k, rollout, scores)
     self.experience, self.rollout_index = self._learn_from(rollout, scores), k
     stats |= self._notes(stats)
@@ -300,7 +319,9 @@ def training_step(self: PPOTrainer, model, inputs, num_items_in_batch=None):
 def compute_loss(self: PPOTrainer, model, inputs, return_outputs=False, num_items_in_batch=None):
     "The loop's losses, as this micro-batch's share of the mean over the tokens of the whole minibatch"
     a = self.args
-    terms = ppo_losses(outputs_of(model, inputs, a.temperature), inputs, a.cliprange, a.cliprange_value, a.kl_estimator)
+    outputs = outputs_of(model, inputs, a.temperature)
+    self._check_ratio(outputs[0], inputs)
+    terms = ppo_losses(outputs, inputs, a.cliprange, a.cliprange_value, a.kl_estimator)
     # gradients are averaged over processes: times their number, the sum over all tokens divided by their count
     means = {k: v * self.accelerator.num_processes / num_items_in_batch for k, v in terms.items()}
     # the mean over micro-batches is the mean over tokens

@@ -848,6 +848,42 @@ def test_item13_policy_and_reference_run_in_the_same_precision(tmp_path):
     assert logged(t, 'objective/kl') == [0]
 
 
+# ---- before the first update
+
+def named(trainer, caplog):
+    "What a run warns of the policy that has not been trained yet"
+    trainer.train()
+    return [r.getMessage().split(':')[0] for r in caplog.records if 'before any update' in r.getMessage()]
+
+
+@pytest.mark.parametrize('how', [{}, dict(bf16=True), dict(bf16=True, per_device_train_batch_size=2)],
+                         ids=['fp32', 'autocast', 'accumulated'])
+def test_nothing_is_named_where_the_policy_is_itself(how, tmp_path, caplog):
+    "In the second rollout the policy has moved: its KL is no fault [fails when the KL is looked at in every rollout]"
+    assert named(ppo_trainer(tmp_path, num_rollouts=2, num_ppo_epochs=2, learning_rate=.5, **how), caplog) == []
+
+
+@pytest.mark.parametrize('bf16', [False, True])
+def test_a_ratio_that_is_not_1_is_named(bf16, tmp_path, caplog):
+    """Dropout that was switched on after the trainer was made: once a rollout, in the first pass over it [fails
+    without `_check_ratio`]"""
+    t = ppo_trainer(tmp_path, num_rollouts=2, num_ppo_epochs=2, bf16=bf16)
+    t.policy.register_forward_hook(lambda m, a, out: setattr(out, 'logits', torch.nn.functional.dropout(
+        out.logits, .2, m.training)))
+    assert named(t, caplog) == ['the ratio is not 1'] * 2
+
+
+@pytest.mark.parametrize('bf16', [False, True])
+def test_a_kl_that_is_not_0_is_named(bf16, tmp_path, caplog):
+    """A reference that has changed since it was copied is named once; another model as reference is a choice, and
+    isn't [fails when it is looked at after the first rollout, and when every reference is]"""
+    t = ppo_trainer(tmp_path, num_rollouts=2, bf16=bf16)
+    with torch.no_grad(): t.ref_model.get_input_embeddings().weight.mul_(1.5)
+    assert named(t, caplog) == ['the KL is not 0']
+    caplog.clear()
+    assert named(ppo_trainer(tmp_path/'other', ref=talker(seed=1), bf16=bf16), caplog) == []
+
+
 # ---- the rest of the rollout
 
 def test_item09_chunks_of_generation_make_one_rollout(tmp_path):
