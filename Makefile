@@ -61,7 +61,7 @@ COMPILE_1 := import torch._dynamo, torch.distributed.tensor
 COMPILE_2 := import datasets, pandas; from transformers import Trainer
 COMPILE_3 := import matplotlib.pyplot, scipy.stats, statsmodels.api, IPython
 $(READY): settings.ini pyproject.toml setup.py constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q --no-compile -c constraints.txt torch
 	$(BIN)/python -W ignore -c '$(COMPILE_1)' & $(BIN)/python -m pip install -q --no-compile -c constraints.txt -e '.[dev]' && wait

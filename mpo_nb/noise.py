@@ -60,7 +60,7 @@ def plot_reliability(
     ax.plot([.5, 1], [.5, 1], 'k:', lw=1)
     ax.set(title='does a confidence come true?', xlabel='confidence sigmoid(|gap| / T)',
            ylabel='share labelled so, 95% interval')
-    ax.legend(fontsize='small')
+    ax.legend(fontsize='small', loc='upper center', bbox_to_anchor=(.5, -.18))
     return ax
 
 # %% ../nbs/18_noise.ipynb #b435bbe9

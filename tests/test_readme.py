@@ -132,10 +132,19 @@ def test_results_are_those_of_the_study():
 
 def test_the_first_screen_says_what_the_study_says():
     "Before any command [fails when the study's differences turn, and README's sentence stays]"
+    import pandas as pd
+    from mpo_nb.study import paired_row
     table = compared('toy')
     diff = table[table.p_holm < .05].set_index(['a', 'b'])['diff']
     assert diff['mpo', 'ppo'] > 0 > diff['mpo', 'dpo'] and diff['ppo', 'dpo'] < 0
     said = ' '.join(README[:README.index('## Two commands')].split())
+    scores = {k: pd.read_parquet(ROOT/'mpo_nb'/'saved'/f'{k}.parquet').pivot(index='seed', columns='policy', values='score')
+              for k in ('toy', 'claims', 'after')}
+    for study, a, b in (('toy', 'dpo', 'mpo'), ('after', 'dpo', 'mpo'), ('toy', 'mpo', 'ppo'), ('after', 'mpo', 'ppo'),
+                        ('claims', 'dpo_easy', 'dpo_random'), ('after', 'dpo_ppo_hard', 'dpo')):
+        d = paired_row(scores[study][a], scores[study][b])
+        assert f"{d['diff']:.2f} ({d['low']:.2f} to {d['high']:.2f})" in ' '.join(README.split()), (study, a, b)
+    assert (scores['after'].dpo_ppo_hard > scores['after'].dpo).all()
     assert 'MPO is ahead of PPO, and plain DPO on all pairs is ahead of both' in said
     claims = compared('claims').set_index(['a', 'b'])
     helps = claims[claims.p_holm < .05]['diff']
