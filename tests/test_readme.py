@@ -138,8 +138,8 @@ def test_the_first_screen_says_what_the_study_says():
     diff = table[table.p_holm < .05].set_index(['a', 'b'])['diff']
     assert diff['mpo', 'ppo'] > 0 > diff['mpo', 'dpo'] and diff['ppo', 'dpo'] < 0
     said = ' '.join(README[:README.index('## Two commands')].split())
-    scores = {k: pd.read_parquet(ROOT/'mpo_nb'/'saved'/f'{k}.parquet').pivot(index='seed', columns='policy', values='score')
-              for k in ('toy', 'claims', 'after')}
+    saved = {k: pd.read_parquet(ROOT/'mpo_nb'/'saved'/f'{k}.parquet') for k in ('toy', 'claims', 'after')}
+    scores = {k: d.pivot(index='seed', columns='policy', values='score') for k, d in saved.items()}
     for study, a, b in (('toy', 'dpo', 'mpo'), ('after', 'dpo', 'mpo'), ('toy', 'mpo', 'ppo'), ('after', 'mpo', 'ppo'),
                         ('claims', 'dpo_easy', 'dpo_random'), ('after', 'dpo_ppo_hard', 'dpo')):
         d = paired_row(scores[study][a], scores[study][b])
