@@ -316,6 +316,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mpo_nb.engines._Handler.do_POST': ('engines.html#_handler.do_post', 'mpo_nb/engines.py'),
                                 'mpo_nb.engines._Handler.log_message': ('engines.html#_handler.log_message', 'mpo_nb/engines.py'),
                                 'mpo_nb.engines.at_tokens': ('engines.html#at_tokens', 'mpo_nb/engines.py'),
+                                'mpo_nb.engines.check_drawn': ('engines.html#check_drawn', 'mpo_nb/engines.py'),
                                 'mpo_nb.engines.engine_samples': ('engines.html#engine_samples', 'mpo_nb/engines.py'),
                                 'mpo_nb.engines.importance_weights': ('engines.html#importance_weights', 'mpo_nb/engines.py'),
                                 'mpo_nb.engines.merged': ('engines.html#merged', 'mpo_nb/engines.py'),

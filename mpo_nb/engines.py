@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['importance_weights', 'at_tokens', 'mismatch', 'Sampling', 'EngineError', 'Engine', 'merged', 'repeat_each',
-           'LocalEngine', 'odd_completion', 'EngineSamples', 'engine_samples', 'read_choice', 'read_reply',
-           'ServerEngine', 'EngineServer', 'VLLMEngine']
+           'LocalEngine', 'odd_completion', 'EngineSamples', 'check_drawn', 'engine_samples', 'read_choice',
+           'read_reply', 'ServerEngine', 'EngineServer', 'VLLMEngine']
 
 # %% ../nbs/21b_engines.ipynb #4295912b
 import copy
@@ -27,7 +27,7 @@ from .logprobs import encode_prompt, inference, kl_k3, masked_sum
 from .sampling import as_samples, sample_ids, Samples
 from .actor_critic import flush_rows, reference_logprobs
 
-# %% ../nbs/21b_engines.ipynb #3699cad1
+# %% ../nbs/21b_engines.ipynb #8f7a5b04
 def importance_weights(
     logprobs: torch.Tensor,        # [B, T] of the policy before its first update on these tokens, nats
     engine_logprobs: torch.Tensor, # [B, T] of the engine that drew the tokens, nats
@@ -36,7 +36,7 @@ def importance_weights(
     "Truncated importance weights of tokens, min(π / π_e, C) (Yao et al. 2025); they carry no gradient"
     return (logprobs - engine_logprobs).detach().clamp(max=math.log(cap)).exp()
 
-# %% ../nbs/21b_engines.ipynb #af0f415c
+# %% ../nbs/21b_engines.ipynb #3ff1ec0c
 def at_tokens(
     rows: list,          # N lists of numbers, one for each token or more
     mask: torch.Tensor,  # [N, T] bool, real tokens, padded on the right
@@ -46,7 +46,7 @@ def at_tokens(
     out[mask] = torch.tensor([x for r, n in zip(rows, mask.sum(1).tolist()) for x in r[:n]])
     return out
 
-# %% ../nbs/21b_engines.ipynb #f344fc33
+# %% ../nbs/21b_engines.ipynb #d314018a
 def mismatch(
     logprobs: torch.Tensor,        # [N, T] of the policy, nats
     engine_logprobs: torch.Tensor, # [N, T] of the engine, nats
@@ -58,7 +58,7 @@ def mismatch(
             'capped': (logprobs - engine_logprobs > math.log(cap)).float()}
     return {f'engine/{k}': (masked_sum(v, mask), mask.sum()) for k, v in seen.items()}
 
-# %% ../nbs/21b_engines.ipynb #bdba98a9
+# %% ../nbs/21b_engines.ipynb #2e6d88c6
 @dataclass
 class Sampling:
     "How an engine is to draw"
@@ -69,7 +69,7 @@ class Sampling:
 
 class EngineError(UserError): "An engine has not given what a rollout needs"
 
-# %% ../nbs/21b_engines.ipynb #8cbb61da
+# %% ../nbs/21b_engines.ipynb #6d9aef51
 class Engine:
     "Draws completions with the weights that it was given last"
     def generate(self,
@@ -84,7 +84,7 @@ class Engine:
         "Take over the policy's weights"
         raise NotImplementedError
 
-# %% ../nbs/21b_engines.ipynb #49f981de
+# %% ../nbs/21b_engines.ipynb #494712bf
 def merged(policy):
     "The policy itself, or a copy whose weights have its adapter in them"
     return copy.deepcopy(policy).merge_and_unload() if hasattr(policy, 'peft_config') else policy
@@ -93,7 +93,7 @@ def repeat_each(xs, n):
     "Every element `n` times, side by side"
     return [x for x in xs for _ in range(n)]
 
-# %% ../nbs/21b_engines.ipynb #1d25969e
+# %% ../nbs/21b_engines.ipynb #25f509ce
 class LocalEngine(Engine):
     "Our own loop on a second model, which may be in another precision than the policy or on another device"
     def __init__(self,
@@ -103,13 +103,15 @@ class LocalEngine(Engine):
     ):
         self.model, self.tok, self.batch_size = model, tok, batch_size
 
-    def generate(self, prompt_ids, n, sampling):
-        rows, s = repeat_each(prompt_ids, n), sampling
-        ids = sample_ids(self.model, self.tok, rows, s.max_new_tokens, s.temperature, s.seed, self.batch_size,
-                         min_new_tokens=s.min_new_tokens)
-        return ids, self.logprobs(rows, ids, s)
+# %% ../nbs/21b_engines.ipynb #0f2e8ef7
+@patch
+def generate(self: LocalEngine, prompt_ids, n, sampling):
+    rows, s = repeat_each(prompt_ids, n), sampling
+    ids = sample_ids(self.model, self.tok, rows, s.max_new_tokens, s.temperature, s.seed, self.batch_size,
+                     min_new_tokens=s.min_new_tokens)
+    return ids, self.logprobs(rows, ids, s)
 
-# %% ../nbs/21b_engines.ipynb #f6e0fd46
+# %% ../nbs/21b_engines.ipynb #4353474c
 @patch
 def logprobs(self: LocalEngine, prompt_ids, completion_ids, s):
     "What the engine's model says of these completions: N lists"
@@ -122,7 +124,7 @@ def logprobs(self: LocalEngine, prompt_ids, completion_ids, s):
             out += [row[real].tolist() for row, real in zip(seen, batch.mask.cpu())]
     return out
 
-# %% ../nbs/21b_engines.ipynb #49243e55
+# %% ../nbs/21b_engines.ipynb #b3becac0
 @patch
 @torch.no_grad()
 def update(self: LocalEngine, policy):
@@ -131,7 +133,7 @@ def update(self: LocalEngine, policy):
         raise UserError("the engine's model has other weights than the policy: make it a copy of the policy")
     for k, p in own.items(): p.copy_(new[k])
 
-# %% ../nbs/21b_engines.ipynb #7fcbfcc4
+# %% ../nbs/21b_engines.ipynb #600616cb
 def odd_completion(ids, logprobs, s, vocab_size, eos_id):
     "What is wrong with a completion, in words; None: nothing"
     if not isinstance(ids, list) or not 0 < len(ids) <= s.max_new_tokens: return f'is not 1 to {s.max_new_tokens} tokens'
@@ -144,12 +146,22 @@ def odd_completion(ids, logprobs, s, vocab_size, eos_id):
     if ids[-1] != eos_id and len(ids) < s.max_new_tokens:
         return f"ends without EOS at token {ids[-1]}: let the engine stop at the tokenizer's EOS ({eos_id}) alone"
 
-# %% ../nbs/21b_engines.ipynb #f8542263
+# %% ../nbs/21b_engines.ipynb #1e05f144
 @dataclass
 class EngineSamples(Samples):
     "Completions drawn by an engine, and what it says of them"
     logprobs: list  # N lists of nats, one for each token, or more where a completion was cut at a stop string
 
+# %% ../nbs/21b_engines.ipynb #5857d534
+def check_drawn(tokens, logprobs, count, s, vocab_size, eos_id):
+    "`EngineError` for the first of `count` completions that can't be trained on"
+    if (len(tokens), len(logprobs)) != (count, count):
+        raise EngineError(f'the engine returned {len(tokens)} completions and log-probs of {len(logprobs)}, not {count}')
+    for i, (ids, lps) in enumerate(zip(tokens, logprobs)):
+        if wrong := odd_completion(ids, lps, s, vocab_size, eos_id):
+            raise EngineError(f'completion {i} of the engine {wrong}')
+
+# %% ../nbs/21b_engines.ipynb #daff01cf
 def engine_samples(
     engine: Engine, tok,
     vocab_size: int,     # Tokens of the policy
@@ -160,16 +172,11 @@ def engine_samples(
     "Completions of an engine, checked; `EngineError` names the first that can't be used"
     prompt_ids = [encode_prompt(tok, p) for p in prompts]
     tokens, logprobs = engine.generate(prompt_ids, n, sampling)
-    if (len(tokens), len(logprobs)) != (len(prompts) * n,) * 2:
-        raise EngineError(f'the engine returned {len(tokens)} completions and log-probs of {len(logprobs)} for '
-                          f'{len(prompts)} prompts × {n}')
-    for i, (ids, lps) in enumerate(zip(tokens, logprobs)):
-        if wrong := odd_completion(ids, lps, sampling, vocab_size, tok.eos_token_id):
-            raise EngineError(f'completion {i} of the engine {wrong}')
+    check_drawn(tokens, logprobs, len(prompts) * n, sampling, vocab_size, tok.eos_token_id)
     rows = as_samples(tok, repeat_each(prompts, n), repeat_each(prompt_ids, n), tokens)
     return EngineSamples(**vars(rows), logprobs=logprobs)
 
-# %% ../nbs/21b_engines.ipynb #884fb4c4
+# %% ../nbs/21b_engines.ipynb #1538c8ec
 def read_choice(
     choice: dict,       # Of the server's reply
     prompt_ids: list,   # Ids that it was asked about
@@ -186,7 +193,7 @@ def read_choice(
         raise EngineError('the server has read another prompt than it was sent: serve the same model and tokenizer')
     return ids, told.get('token_logprobs')
 
-# %% ../nbs/21b_engines.ipynb #6a461b35
+# %% ../nbs/21b_engines.ipynb #227b3fc0
 def read_reply(reply, prompt_ids, n):
     "Ids and log-probs of all completions, in order"
     try:
@@ -198,7 +205,7 @@ def read_reply(reply, prompt_ids, n):
         raise EngineError('the reply of the server is no list of completions: check its address') from None
     return [ids for ids, _ in read], [logprobs for _, logprobs in read]
 
-# %% ../nbs/21b_engines.ipynb #ec078420
+# %% ../nbs/21b_engines.ipynb #2949f7b5
 class ServerEngine(Engine):
     "An OpenAI-compatible server that takes token ids and returns token ids and log-probs"
     def __init__(self,
@@ -216,7 +223,11 @@ class ServerEngine(Engine):
         if not 0 < timeout < math.inf or retries < 0:
             raise UserError(f'timeout {timeout}, retries {retries}: give seconds above 0, and at least 0 retries')
 
-# %% ../nbs/21b_engines.ipynb #b0fb3409
+# %% ../nbs/21b_engines.ipynb #978b4d49
+@patch
+def _key(self: ServerEngine): return os.environ.get(self.key_env, '').strip()
+
+# %% ../nbs/21b_engines.ipynb #dc61914b
 @patch
 def _ask(self: ServerEngine, prompt_ids, n, s):
     "The server's reply to one request for all completions"
@@ -231,10 +242,7 @@ def _ask(self: ServerEngine, prompt_ids, n, s):
             model=self.model, prompt=prompt_ids, n=n, max_tokens=s.max_new_tokens, temperature=s.temperature, top_p=1.,
             logprobs=1, extra_body=more).http_response.json()
 
-@patch
-def _key(self: ServerEngine): return os.environ.get(self.key_env, '').strip()
-
-# %% ../nbs/21b_engines.ipynb #f2267475
+# %% ../nbs/21b_engines.ipynb #16b77c19
 @patch
 def _within(self: ServerEngine, what, f):
     "`f()`; whatever goes wrong, and too long a wait, is one sentence without the key"
@@ -245,13 +253,14 @@ def _within(self: ServerEngine, what, f):
         if key := self._key(): said = said.replace(key, '***')
         raise EngineError(f'{what} ({type(e).__name__}: {said[:200]})') from None
 
+# %% ../nbs/21b_engines.ipynb #1dc5be52
 @patch
 def generate(self: ServerEngine, prompt_ids, n, sampling):
     reply = self._within(f'the server at {self.base_url} gave no completions',
                          lambda: self._ask(prompt_ids, n, sampling))
     return read_reply(reply, prompt_ids, n)
 
-# %% ../nbs/21b_engines.ipynb #7b9413e8
+# %% ../nbs/21b_engines.ipynb #ed350aa6
 @patch
 def update(self: ServerEngine, policy):
     if self.push is None:
@@ -260,7 +269,7 @@ def update(self: ServerEngine, policy):
     if PartialState().is_main_process:
         self._within('the weights could not be pushed to the server', lambda: self.push(merged(policy)))
 
-# %% ../nbs/21b_engines.ipynb #dc94189a
+# %% ../nbs/21b_engines.ipynb #5cda9e68
 class EngineServer(ThreadingHTTPServer):
     "An OpenAI-compatible server on 127.0.0.1 whose completions are drawn by an engine: for tests and trials"
     daemon_threads = True
@@ -268,19 +277,21 @@ class EngineServer(ThreadingHTTPServer):
         super().__init__(('127.0.0.1', 0), _Handler)
         self.engine, self.url = engine, f'http://127.0.0.1:{self.server_port}/v1'
 
-    def answer(self, body):
-        "(HTTP status, reply) to a request"
-        ids, logprobs = self.engine.generate(body['prompt'], body['n'], Sampling(
-            body['max_tokens'], body['temperature'], body['min_tokens'], body.get('seed', 0)))
-        return 200, dict(choices=[dict(index=i, text='', token_ids=c, logprobs=dict(
-            tokens=[f'token_id:{t}' for t in c], token_logprobs=l)) for i, (c, l) in enumerate(zip(ids, logprobs))])
-
     def __enter__(self):
         threading.Thread(target=self.serve_forever, kwargs=dict(poll_interval=.02), daemon=True).start()
         return self
     def __exit__(self, *_): self.shutdown(); self.server_close()
 
-# %% ../nbs/21b_engines.ipynb #3b349e83
+# %% ../nbs/21b_engines.ipynb #81286bb1
+@patch
+def answer(self: EngineServer, body):
+    "(HTTP status, reply) to a request"
+    how = Sampling(body['max_tokens'], body['temperature'], body['min_tokens'])
+    ids, logprobs = self.engine.generate(body['prompt'], body['n'], how)
+    told = [dict(tokens=[f'token_id:{t}' for t in c], token_logprobs=l) for c, l in zip(ids, logprobs)]
+    return 200, dict(choices=[dict(index=i, text='', token_ids=c, logprobs=l) for i, (c, l) in enumerate(zip(ids, told))])
+
+# %% ../nbs/21b_engines.ipynb #fb0d5d18
 class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_): pass
     def do_POST(self):
@@ -292,7 +303,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-# %% ../nbs/21b_engines.ipynb #0c5abd11
+# %% ../nbs/21b_engines.ipynb #c37c8837
 class VLLMEngine(Engine):
     "vLLM through TRL's `VLLMGeneration` (TRL 1.16): written for its methods, untested with vLLM itself"
     def __init__(self,
@@ -303,7 +314,7 @@ class VLLMEngine(Engine):
     ):
         self.tok, self.timeout, self.kw, self.vllm = tok, timeout, dict(mode=mode, **kw), None
 
-# %% ../nbs/21b_engines.ipynb #6ba22d77
+# %% ../nbs/21b_engines.ipynb #3b2e4a5b
 @patch
 def _start(self: VLLMEngine, model):
     "TRL's object; the HTTP session of its client, which has no limits of its own, gets one"
@@ -313,6 +324,7 @@ def _start(self: VLLMEngine, model):
         session.request = partial(session.request, timeout=self.timeout / 6)
     return vllm
 
+# %% ../nbs/21b_engines.ipynb #c3c0bc90
 @patch
 def _safely(self: VLLMEngine, f):
     "`f()`; vLLM's and TRL's errors in one sentence"
@@ -320,7 +332,7 @@ def _safely(self: VLLMEngine, f):
     except ImportError as e: raise UserError(f"vLLM is not installed: pip install 'trl[vllm]' ({e})") from None
     except Exception as e: raise EngineError(f'vLLM failed ({type(e).__name__}: {" ".join(str(e).split())[:200]})') from e
 
-# %% ../nbs/21b_engines.ipynb #08c81ed0
+# %% ../nbs/21b_engines.ipynb #c23badc7
 @patch
 def update(self: VLLMEngine, policy):
     def sync():
@@ -330,6 +342,7 @@ def update(self: VLLMEngine, policy):
         self.vllm.sync_weights()
     self._safely(sync)
 
+# %% ../nbs/21b_engines.ipynb #4f8d30b9
 @patch
 def generate(self: VLLMEngine, prompt_ids, n, sampling):
     v, s = self.vllm, sampling

@@ -205,7 +205,8 @@ def _scored(self: PPOTrainer, samples):
     return rollout, scores, self._averages(sums)
 
 @patch
-def _sample_and_score(self: PPOTrainer, prompts, seed, places=None): return self._scored(self._sample(prompts, seed, places))
+def _sample_and_score(self: PPOTrainer, prompts, seed, places=None):
+    return self._scored(self._sample(prompts, seed, places))
 
 # %% ../nbs/24_ppo_trainer.ipynb #984a93f4
 @patch

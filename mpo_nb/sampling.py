@@ -207,7 +207,8 @@ def sample_ids(
 def as_samples(tok, prompts, prompt_ids, completion_ids) -> Samples:
     "Ids with their texts"
     texts = [decode_completion(tok, p, c) for p, c in zip(prompt_ids, completion_ids)]
-    return Samples(list(prompts), texts, prompt_ids, completion_ids, [c[-1] == tok.eos_token_id for c in completion_ids])
+    ended = [c[-1] == tok.eos_token_id for c in completion_ids]
+    return Samples(list(prompts), texts, prompt_ids, completion_ids, ended)
 
 # %% ../nbs/10_sampling.ipynb #31b4b510
 def sample(
