@@ -291,15 +291,15 @@ def answer(self: EngineServer, body):
     told = [dict(tokens=[f'token_id:{t}' for t in c], token_logprobs=l) for c, l in zip(ids, logprobs)]
     return 200, dict(choices=[dict(index=i, text='', token_ids=c, logprobs=l) for i, (c, l) in enumerate(zip(ids, told))])
 
-# %% ../nbs/21b_engines.ipynb #fb0d5d18
+# %% ../nbs/21b_engines.ipynb #e18f5e23
 class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_): pass
     def do_POST(self):
         status, reply = self.server.answer(json.loads(self.rfile.read(int(self.headers['Content-Length']))))
         data = json.dumps(reply).encode()
         self.send_response(status)
-        for header in (('Content-Type', 'application/json'), ('Content-Length', str(len(data))), ('retry-after-ms', '5')):
-            self.send_header(*header)
+        for name, value in {'Content-Length': len(data), 'retry-after-ms': 5}.items(): self.send_header(name, str(value))
+        self.send_header('Content-Type', 'application/json')
         self.end_headers()
         self.wfile.write(data)
 
