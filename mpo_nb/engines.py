@@ -133,10 +133,11 @@ def update(self: LocalEngine, policy):
         raise UserError("the engine's model has other weights than the policy: make it a copy of the policy")
     for k, p in own.items(): p.copy_(new[k])
 
-# %% ../nbs/21b_engines.ipynb #600616cb
+# %% ../nbs/21b_engines.ipynb #93315ad3
 def odd_completion(ids, logprobs, s, vocab_size, eos_id):
     "What is wrong with a completion, in words; None: nothing"
-    if not isinstance(ids, list) or not 0 < len(ids) <= s.max_new_tokens: return f'is not 1 to {s.max_new_tokens} tokens'
+    if not isinstance(ids, list) or not 0 < len(ids) <= s.max_new_tokens:
+        return f'is not a list of 1 to {s.max_new_tokens} token ids'
     if bad := [i for i in ids if type(i) is not int or not 0 <= i < vocab_size]:
         return f'holds the token id {bad[0]!r:.20}, and the policy has {vocab_size} tokens: serve the same model'
     if not isinstance(logprobs, list) or len(logprobs) != len(ids): return 'has not one log-prob for each token'
@@ -324,13 +325,14 @@ def _start(self: VLLMEngine, model):
         session.request = partial(session.request, timeout=self.timeout / 6)
     return vllm
 
-# %% ../nbs/21b_engines.ipynb #c3c0bc90
+# %% ../nbs/21b_engines.ipynb #14ad8261
 @patch
 def _safely(self: VLLMEngine, f):
     "`f()`; vLLM's and TRL's errors in one sentence"
     try: return f()
     except ImportError as e: raise UserError(f"vLLM is not installed: pip install 'trl[vllm]' ({e})") from None
-    except Exception as e: raise EngineError(f'vLLM failed ({type(e).__name__}: {" ".join(str(e).split())[:200]})') from e
+    except Exception as e:
+        raise EngineError(f'vLLM failed ({type(e).__name__}: {" ".join(str(e).split())[:200]})') from e
 
 # %% ../nbs/21b_engines.ipynb #c23badc7
 @patch
