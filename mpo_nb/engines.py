@@ -153,11 +153,12 @@ class EngineSamples(Samples):
     "Completions drawn by an engine, and what it says of them"
     logprobs: list  # N lists of nats, one for each token, or more where a completion was cut at a stop string
 
-# %% ../nbs/21b_engines.ipynb #5857d534
+# %% ../nbs/21b_engines.ipynb #85f713ef
 def check_drawn(tokens, logprobs, count, s, vocab_size, eos_id):
     "`EngineError` for the first of `count` completions that can't be trained on"
     if (len(tokens), len(logprobs)) != (count, count):
-        raise EngineError(f'the engine returned {len(tokens)} completions and log-probs of {len(logprobs)}, not {count}')
+        raise EngineError(f'the engine returned {len(tokens)} completions, and log-probs of {len(logprobs)}: '
+                          f'{count} were asked for')
     for i, (ids, lps) in enumerate(zip(tokens, logprobs)):
         if wrong := odd_completion(ids, lps, s, vocab_size, eos_id):
             raise EngineError(f'completion {i} of the engine {wrong}')
@@ -283,23 +284,25 @@ class EngineServer(ThreadingHTTPServer):
         return self
     def __exit__(self, *_): self.shutdown(); self.server_close()
 
-# %% ../nbs/21b_engines.ipynb #81286bb1
+# %% ../nbs/21b_engines.ipynb #de6b91db
 @patch
 def answer(self: EngineServer, body):
     "(HTTP status, reply) to a request"
     how = Sampling(body['max_tokens'], body['temperature'], body['min_tokens'])
     ids, logprobs = self.engine.generate(body['prompt'], body['n'], how)
     told = [dict(tokens=[f'token_id:{t}' for t in c], token_logprobs=l) for c, l in zip(ids, logprobs)]
-    return 200, dict(choices=[dict(index=i, text='', token_ids=c, logprobs=l) for i, (c, l) in enumerate(zip(ids, told))])
+    rows = enumerate(zip(ids, told))
+    return 200, dict(choices=[dict(index=i, text='', token_ids=c, logprobs=l) for i, (c, l) in rows])
 
-# %% ../nbs/21b_engines.ipynb #e18f5e23
+# %% ../nbs/21b_engines.ipynb #46c1692b
 class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_): pass
     def do_POST(self):
         status, reply = self.server.answer(json.loads(self.rfile.read(int(self.headers['Content-Length']))))
         data = json.dumps(reply).encode()
         self.send_response(status)
-        for name, value in {'Content-Length': len(data), 'retry-after-ms': 5}.items(): self.send_header(name, str(value))
+        for name, value in {'Content-Length': len(data), 'retry-after-ms': 5}.items():
+            self.send_header(name, str(value))
         self.send_header('Content-Type', 'application/json')
         self.end_headers()
         self.wfile.write(data)
