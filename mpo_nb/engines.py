@@ -244,14 +244,15 @@ def _ask(self: ServerEngine, prompt_ids, n, s):
             model=self.model, prompt=prompt_ids, n=n, max_tokens=s.max_new_tokens, temperature=s.temperature, top_p=1.,
             logprobs=1, extra_body=more).http_response.json()
 
-# %% ../nbs/21b_engines.ipynb #16b77c19
+# %% ../nbs/21b_engines.ipynb #83989de3
 @patch
 def _within(self: ServerEngine, what, f):
     "`f()`; whatever goes wrong, and too long a wait, is one sentence without the key"
     try: return within(self.timeout, f)
     except UserError: raise
     except Exception as e:
-        said = ' '.join(str(e).split()) if getattr(e, 'status_code', 400) in (400, 404, 422) else f'HTTP {e.status_code}'
+        status = getattr(e, 'status_code', 400)
+        said = ' '.join(str(e).split()) if status in (400, 404, 422) else f'HTTP {status}'
         if key := self._key(): said = said.replace(key, '***')
         raise EngineError(f'{what} ({type(e).__name__}: {said[:200]})') from None
 
