@@ -28,7 +28,7 @@ from .sampling import check_sampling, cut_at_stop, sample, Samples, seeded
 from .training import bare, check_processes, Metrics
 from .arguments import each, model_from, name_of, taken, tokenizer_for, with_prompts, write_card
 from .actor_critic import by_length, evaluate_samples, ValueHead
-from .engines import at_tokens, engine_samples, EngineError, importance_weights, mismatch, repeat_each, Sampling
+from .engines import at_tokens, Engine, engine_samples, EngineError, importance_weights, mismatch, repeat_each, Sampling
 from mpo_nb.ppo import (
     as_scores, checked_scores, estimate_advantages, Experience, kl_prices, minibatch, moments, outputs_of, ppo_loss,
     ppo_losses, PPOSettings, token_rewards
@@ -59,7 +59,7 @@ class PPOTrainer(Trainer):
         **kw,                              # optimizers, … of `Trainer`
     ):
         args = args or PPOConfig(f'{name_of(model)}-PPO')
-        check_given(reward, args, kw)
+        check_given(reward, args, kw, engine)
         init = dict(args.model_init_kwargs or {})
         model, ref_model = model_from(model, init), ref_model and model_from(ref_model)
         tok = tokenizer_for(model, processing_class, args.pad_token, init.get('revision'))
@@ -84,7 +84,8 @@ TRL_ARGUMENTS = dict(reward_model='reward', reward_funcs='reward', tokenizer='pr
 
 def check_given(
     reward, args,
-    more=(),   # Names of further arguments
+    more=(),      # Names of further arguments
+    engine=None,  # `Engine`
 ):
     "`UserError` where something is missing that has no default, or the machine is set up in a way that can't work"
     for k in more:
@@ -92,6 +93,8 @@ def check_given(
         if k == 'data_collator': raise UserError('data_collator: PPOTrainer makes its batches itself; leave it out')
     if reward is None:
         raise UserError('PPOTrainer needs reward=: a RewardModel, or a function (prompts, completions) -> scores')
+    if not isinstance(engine, Engine | None):
+        raise UserError(f'engine is {type(engine).__name__}: give a LocalEngine, ServerEngine, VLLMEngine or your own')
     check_processes(args)
 
 def of_stream(ds, args):

@@ -138,7 +138,7 @@ def test_what_a_server_is_asked_leaves_nothing_open(local):
 def test_a_server_that_hangs_is_left(local):
     "The error comes while the server still sleeps [fails, after 20 s, without a limit]"
     with Scripted(local, ['hang'] * 9) as server:
-        with pytest.raises(EngineError, match='gave no completions'): asked(server, timeout=.6, retries=1)
+        with pytest.raises(EngineError, match='gave no completions'): asked(server, timeout=2., retries=1)
         assert not server.awake.is_set() and len(server.asked) >= 2
 
 
@@ -177,7 +177,7 @@ def test_without_weights_the_gradient_is_biased(heat):
     def expected(chances, importance=None): return sum(chances[y].exp() * of_token(y, importance) for y in range(5))
     right = expected(p)
     off = lambda g: (g - right).norm(dim=1) / right.norm(dim=1)
-    assert (off(expected(q)) > .2).all()                                               # the bias
+    assert (off(expected(q)) > .1).all()                                               # the bias
     assert (off(expected(q, importance_weights(p, q, math.inf))) < 1e-12).all()        # none of it
     assert (off(expected(q, importance_weights(p, q))) < .5 * off(expected(q))).all()  # little, with the default cap
 
@@ -213,8 +213,8 @@ def test_ppo_through_a_server_equals_ppo(how, tmp_path, local):
         t = ppo_trainer(tmp_path/'served', trainer=dict(engine=ServerEngine(server.url, 'm', push=local.update)), **how)
         t.train()
     assert server.k == 3 and distance(weights(own.model), weights(t.model)) < 1e-6
-    assert distance(weights(own.model), weights(ppo_trainer(tmp_path).model)) > 1e-3
-    assert max(logged(t, 'engine/mismatch')) < 1e-5 and logged(t, 'engine/capped') == [0] * 6
+    assert distance(weights(own.model), weights(ppo_trainer(tmp_path, **how).model)) > 1e-3
+    assert max(logged(t, 'engine/mismatch')) < 1e-5 and logged(t, 'engine/capped') == [0] * 3
     assert not logged(own, 'engine/mismatch')
 
 
@@ -256,6 +256,7 @@ def test_the_weights_of_a_rollout_are_those_of_its_tokens(tmp_path):
 def run(folder, engine, resume=None, **kw):
     how = dict(num_rollouts=3, num_ppo_epochs=2, optim='adamw_torch', learning_rate=3e-3, ref_ema=.8, kl_target=.5,
                save_strategy='steps', save_steps=100)
+    torch.manual_seed(0)
     t = ppo_trainer(folder, trainer=dict(engine=engine, callbacks=[AtTheEnd()]), **how | kw)
     t.train(resume_from_checkpoint=resume)
     return t
@@ -298,7 +299,7 @@ def test_an_adapter_is_merged_in_a_copy(tmp_path):
     "[fails where the adapter is merged in place]"
     from peft import LoraConfig
     engine = Watched(tiny(), toy_tokenizer())
-    t = ppo_trainer(tmp_path, tiny(), peft_config=None, trainer=dict(
+    t = ppo_trainer(tmp_path, tiny(), trainer=dict(
         engine=engine, peft_config=LoraConfig(r=2, target_modules='all-linear', init_lora_weights=False)))
     before, own = fingerprint(t.policy), t._sample(toy_prompts(4), 0).completion_ids
     assert fingerprint(t.policy) == before
