@@ -244,22 +244,21 @@ def _ask(self: ServerEngine, prompt_ids, n, s):
             model=self.model, prompt=prompt_ids, n=n, max_tokens=s.max_new_tokens, temperature=s.temperature, top_p=1.,
             logprobs=1, extra_body=more).http_response.json()
 
-# %% ../nbs/21b_engines.ipynb #83989de3
+# %% ../nbs/21b_engines.ipynb #adb76eba
 @patch
 def _within(self: ServerEngine, what, f):
     "`f()`; whatever goes wrong, and too long a wait, is one sentence without the key"
     try: return within(self.timeout, f)
     except UserError: raise
     except Exception as e:
-        status = getattr(e, 'status_code', 400)
-        said = ' '.join(str(e).split()) if status in (400, 404, 422) else f'HTTP {status}'
+        said = str(e) if not hasattr(e, 'status_code') else e.response.text if e.status_code in (400, 404, 422) else ''
         if key := self._key(): said = said.replace(key, '***')
-        raise EngineError(f'{what} ({type(e).__name__}: {said[:200]})') from None
+        raise EngineError(f'{what} ({type(e).__name__}: {" ".join(said.split())[:200]})') from None
 
-# %% ../nbs/21b_engines.ipynb #1dc5be52
+# %% ../nbs/21b_engines.ipynb #ed2bd18e
 @patch
 def generate(self: ServerEngine, prompt_ids, n, sampling):
-    reply = self._within(f'the server at {self.base_url} gave no completions',
+    reply = self._within(f'the server at {self.base_url} gave no completions for token ids',
                          lambda: self._ask(prompt_ids, n, sampling))
     return read_reply(reply, prompt_ids, n)
 

@@ -28,7 +28,9 @@ from .sampling import check_sampling, cut_at_stop, sample, Samples, seeded
 from .training import bare, check_processes, Metrics
 from .arguments import each, model_from, name_of, taken, tokenizer_for, with_prompts, write_card
 from .actor_critic import by_length, evaluate_samples, ValueHead
-from .engines import at_tokens, Engine, engine_samples, EngineError, importance_weights, mismatch, repeat_each, Sampling
+from mpo_nb.engines import (
+    at_tokens, Engine, engine_samples, EngineError, importance_weights, mismatch, repeat_each, Sampling
+)
 from mpo_nb.ppo import (
     as_scores, checked_scores, estimate_advantages, Experience, kl_prices, minibatch, moments, outputs_of, ppo_loss,
     ppo_losses, PPOSettings, token_rewards
