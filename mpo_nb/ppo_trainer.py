@@ -166,8 +166,18 @@ def _by_engine(self: PPOTrainer, prompts, seed, n):
     "`n` completions of each prompt by the engine, with the policy's weights"
     a, tok, vocab = self.args, self.processing_class, bare(self.policy).config.get_text_config().vocab_size
     how = Sampling(a.max_new_tokens, a.temperature, a.min_new_tokens, seed + self.accelerator.process_index)
-    self._on_all(lambda: self.engine.update(self.policy))
-    return self._on_all(lambda: engine_samples(self.engine, tok, vocab, prompts, n, how))
+    try:
+        self._on_all(lambda: self.engine.update(self.policy))
+        return self._on_all(lambda: engine_samples(self.engine, tok, vocab, prompts, n, how))
+    except EngineError as e: raise self._kept(e) from None
+
+@patch
+def _kept(self: PPOTrainer, error):
+    "An engine's error, with the name of the checkpoint that is written now: nothing that was learned is lost"
+    if not self.is_in_train or self.args.save_strategy == 'no' or not self.state.global_step: return error
+    self._save_checkpoint(self.model, None)
+    return EngineError(f'{error}; the run up to here is in checkpoint-{self.state.global_step}: see to the engine, and '
+                       'resume from there')
 
 # %% ../nbs/24_ppo_trainer.ipynb #e3b7b646
 def rollout_sums(rollout, scores, kl_coef):
@@ -245,21 +255,12 @@ def _notes(self: PPOTrainer, stats):
 
 # %% ../nbs/24_ppo_trainer.ipynb #cf0707ec
 @patch
-def _kept(self: PPOTrainer, error):
-    "An engine's error, with the name of the checkpoint that is written now: nothing that was learned is lost"
-    if self.args.save_strategy == 'no' or not self.state.global_step: return error
-    self._save_checkpoint(self.model, None)
-    return EngineError(f'{error}; the run up to here is in checkpoint-{self.state.global_step}: see to the engine, and '
-                       'resume from there')
-
-@patch
 def _rollout(self: PPOTrainer, k):
     "Sample rollout `k` with the present weights and turn it into `self.experience`"
     a, start, first = self.args, time.perf_counter(), self.train_dataset[0]['prompt']
     if k == 0 and self.engine is None: check_sampling(bare(self.policy), self.processing_class, first, a.temperature)
     places = self._places(a.rollout_batch_size // a.num_generations, a.num_generations)
-    try: samples = self._sample(self._prompts_of(k), rollout_seed(a.seed, k), places, a.num_generations)
-    except EngineError as e: raise self._kept(e) from None
+    samples = self._sample(self._prompts_of(k), rollout_seed(a.seed, k), places, a.num_generations)
     if k > 0 and a.ref_ema is not None: follow(self.ref_model, self.policy, a.ref_ema)
     rollout, scores, stats = self._scored(samples)
     self._keep_completions(k, rollout, scores)

@@ -1,7 +1,9 @@
 """Rollout engines: what a server may do wrong, a run that stops and goes on, and the mathematics of the weights.
 In [brackets]: the change to the code that was made once to see the test fail."""
+import contextlib
 import copy
 import math
+import socket
 import sys
 import threading
 from types import SimpleNamespace
@@ -144,6 +146,23 @@ def test_a_server_that_hangs_is_left(local):
         assert not server.awake.is_set() and len(server.asked) >= 2
 
 
+def test_a_server_that_sends_a_byte_now_and_then_is_left():
+    "No read takes long, and the reply never ends [fails, after 20 s, where `generate` asks without `within`]"
+    left = threading.Event()
+    with socket.create_server(('127.0.0.1', 0)) as listening:
+        def drip():
+            c, _ = listening.accept()
+            c.recv(10**6); c.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n')
+            with contextlib.suppress(OSError):
+                for _ in range(100):
+                    if left.wait(.2): return c.close()
+                    c.sendall(b' ')
+        threading.Thread(target=drip, daemon=True).start()
+        remote = ServerEngine(f'http://127.0.0.1:{listening.getsockname()[1]}/v1', 'm', timeout=1., retries=0)
+        with pytest.raises(EngineError, match='no whole reply within 1.0 s'): remote.generate([[5]], 1, Sampling(3))
+        left.set()
+
+
 def test_a_push_that_hangs_or_fails_is_one_sentence():
     "[fails where `update` calls `push` as it is]"
     awake = threading.Event()
@@ -276,6 +295,15 @@ def test_an_engine_that_fails_stops_the_run_and_keeps_it(tmp_path):
     assert '\n' not in str(e.value)
     resumed = run(tmp_path/'broken', make(), resume=str(tmp_path/'broken'/'checkpoint-4'))
     assert end_state(resumed) == end_state(straight)
+
+
+def test_an_engine_that_fails_in_an_evaluation_keeps_the_run_too(tmp_path):
+    "Between two updates on a rollout, which is kept with it [fails where only `_rollout` asks for a checkpoint]"
+    with pytest.raises(EngineError, match='is in checkpoint-3'):
+        ppo_trainer(tmp_path, num_rollouts=2, num_ppo_epochs=2, save_strategy='steps', save_steps=100, eval_steps=3,
+                    eval_strategy='steps', trainer=dict(engine=Watched(talker(), toy_tokenizer(), fails=[2]),
+                    eval_dataset=Dataset.from_dict({'prompt': toy_prompts(3)}))).train()
+    assert (tmp_path/'checkpoint-3'/'rollout-0.safetensors').exists()
 
 
 def test_without_checkpoints_a_failing_engine_writes_none(tmp_path):
