@@ -312,6 +312,14 @@ def test_without_checkpoints_a_failing_engine_writes_none(tmp_path):
     assert not list(tmp_path.glob('checkpoint*'))
 
 
+def test_an_evaluation_outside_of_a_run_writes_no_checkpoint(tmp_path):
+    "[fails where `_kept` doesn't ask whether a run is on]"
+    t = run(tmp_path, Watched(talker(), toy_tokenizer(), fails=[1]), num_rollouts=1, save_strategy='epoch')
+    t.args.output_dir = str(tmp_path/'later')
+    with pytest.raises(EngineError, match='the server is gone$'): t.evaluate(t.train_dataset)
+    assert not (tmp_path/'later').exists()
+
+
 def test_a_rollout_of_an_engine_survives_a_stop(tmp_path):
     "In the middle of it [fails where the checkpoint leaves the weights out]"
     make = lambda: Warm(talker(), toy_tokenizer())
