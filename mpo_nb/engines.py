@@ -103,9 +103,10 @@ class LocalEngine(Engine):
     ):
         self.model, self.tok, self.batch_size = model, tok, batch_size
 
-# %% ../nbs/21b_engines.ipynb #0f2e8ef7
+# %% ../nbs/21b_engines.ipynb #abfbf48f
 @patch
 def generate(self: LocalEngine, prompt_ids, n, sampling):
+    "As `sample` draws, with the seed of `sampling`"
     rows, s = repeat_each(prompt_ids, n), sampling
     ids = sample_ids(self.model, self.tok, rows, s.max_new_tokens, s.temperature, s.seed, self.batch_size,
                      min_new_tokens=s.min_new_tokens)
@@ -124,10 +125,11 @@ def logprobs(self: LocalEngine, prompt_ids, completion_ids, s):
             out += [row[real].tolist() for row, real in zip(seen, batch.mask.cpu())]
     return out
 
-# %% ../nbs/21b_engines.ipynb #b3becac0
+# %% ../nbs/21b_engines.ipynb #c094c1aa
 @patch
 @torch.no_grad()
 def update(self: LocalEngine, policy):
+    "Copy the policy's weights into the engine's model, in its own precision"
     own, new = (dict(m.named_parameters()) for m in (self.model, merged(policy)))
     if {k: p.shape for k, p in own.items()} != {k: p.shape for k, p in new.items()}:
         raise UserError("the engine's model has other weights than the policy: make it a copy of the policy")
@@ -178,14 +180,14 @@ def engine_samples(
     rows = as_samples(tok, repeat_each(prompts, n), repeat_each(prompt_ids, n), tokens)
     return EngineSamples(**vars(rows), logprobs=logprobs)
 
-# %% ../nbs/21b_engines.ipynb #1538c8ec
+# %% ../nbs/21b_engines.ipynb #ac08027e
 def read_choice(
     choice: dict,       # Of the server's reply
     prompt_ids: list,   # Ids that it was asked about
 ) -> tuple:             # ids, log-probs
     "The tokens of one completion and their log-probs; `EngineError` where the server gives no ids, or other ones"
     told = choice.get('logprobs') or {}
-    spelled = [re.fullmatch(r'token_id:(\d+)', str(t)) for t in told.get('tokens') or []]
+    spelled = [re.fullmatch(r'token_id:(\d{1,9})', str(t)) for t in told.get('tokens') or []]
     named = [int(m[1]) for m in spelled] if spelled and all(spelled) else None
     ids = named if choice.get('token_ids') is None else choice['token_ids']
     if ids is None: raise EngineError('the server returns text without token ids, which could be read as other tokens '
@@ -255,16 +257,18 @@ def _within(self: ServerEngine, what, f):
         if key := self._key(): said = said.replace(key, '***')
         raise EngineError(f'{what} ({type(e).__name__}: {" ".join(said.split())[:200]})') from None
 
-# %% ../nbs/21b_engines.ipynb #ed2bd18e
+# %% ../nbs/21b_engines.ipynb #c10c170a
 @patch
 def generate(self: ServerEngine, prompt_ids, n, sampling):
+    "By one request for all completions; with random numbers of the server's own"
     reply = self._within(f'the server at {self.base_url} gave no completions for token ids',
                          lambda: self._ask(prompt_ids, n, sampling))
     return read_reply(reply, prompt_ids, n)
 
-# %% ../nbs/21b_engines.ipynb #ed350aa6
+# %% ../nbs/21b_engines.ipynb #f2e24577
 @patch
 def update(self: ServerEngine, policy):
+    "Let `push` bring the weights to the server, on the main process"
     if self.push is None:
         raise UserError('a ServerEngine needs push=, a function of the model that brings its weights to the server: '
                         'otherwise it would go on drawing with those of the start')
@@ -307,13 +311,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-# %% ../nbs/21b_engines.ipynb #c37c8837
+# %% ../nbs/21b_engines.ipynb #f027aaf5
 class VLLMEngine(Engine):
     "vLLM through TRL's `VLLMGeneration` (TRL 1.16): written for its methods, untested with vLLM itself"
     def __init__(self,
         tok,                    # Tokenizer
         mode: str = 'colocate', # colocate: in this process; server: by `vllm serve`
-        timeout: float = 600.,  # Seconds at most for the server: to start, and for a request with its 5 retries
+        timeout: float = 600.,  # Seconds at most for the server: to start, and for a request with its 5 retries (pauses apart)
         **kw,                   # More of `VLLMGeneration`
     ):
         self.tok, self.timeout, self.kw, self.vllm = tok, timeout, dict(mode=mode, **kw), None
@@ -337,9 +341,10 @@ def _safely(self: VLLMEngine, f):
     except Exception as e:
         raise EngineError(f'vLLM failed ({type(e).__name__}: {" ".join(str(e).split())[:200]})') from e
 
-# %% ../nbs/21b_engines.ipynb #c23badc7
+# %% ../nbs/21b_engines.ipynb #c191d86d
 @patch
 def update(self: VLLMEngine, policy):
+    "Start vLLM where it isn't yet, and synchronise its weights"
     def sync():
         model = merged(policy)
         if self.vllm is None: self.vllm = self._start(model)
@@ -347,9 +352,10 @@ def update(self: VLLMEngine, policy):
         self.vllm.sync_weights()
     self._safely(sync)
 
-# %% ../nbs/21b_engines.ipynb #4f8d30b9
+# %% ../nbs/21b_engines.ipynb #31194805
 @patch
 def generate(self: VLLMEngine, prompt_ids, n, sampling):
+    "With random numbers of vLLM's own"
     v, s = self.vllm, sampling
     v.temperature, v.max_completion_length = s.temperature, s.max_new_tokens
     v.generation_kwargs = dict(min_tokens=s.min_new_tokens)

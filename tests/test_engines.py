@@ -96,6 +96,8 @@ WRONG = dict(
     above=(with_logprobs(-1., .5), 'log-prob 0.5'), few=(with_logprobs(-1.), 'one log-prob for each'),
     beyond=(with_ids([5, 1, 6]), 'EOS where it must not'), other_stop=(with_ids([5, 6]), 'without EOS at token 6'),
     text=(text_only, 'text without token ids'), without=(change('logprobs', None), 'one log-prob for each'),
+    endless_id=(lambda r: (first(r).pop('token_ids'), first(r)['logprobs'].update(tokens=['token_id:' + '9' * 5000])),
+                'text without token ids'),
     other_tokens=(lambda r: first(r)['logprobs'].update(tokens=['token_id:9']), 'of other tokens'),
     other_prompt=(change('prompt_token_ids', [7]), 'read another prompt'),
     chat=(lambda r: dict(choices='?'), 'no list of completions'), array=(lambda r: [r], 'no list of completions'))
