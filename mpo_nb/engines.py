@@ -135,7 +135,7 @@ def update(self: LocalEngine, policy):
         raise UserError("the engine's model has other weights than the policy: make it a copy of the policy")
     for k, p in own.items(): p.copy_(new[k])
 
-# %% ../nbs/21b_engines.ipynb #93315ad3
+# %% ../nbs/21b_engines.ipynb #683df19b
 def odd_completion(ids, logprobs, s, vocab_size, eos_id):
     "What is wrong with a completion, in words; None: nothing"
     if not isinstance(ids, list) or not 0 < len(ids) <= s.max_new_tokens:
@@ -149,13 +149,13 @@ def odd_completion(ids, logprobs, s, vocab_size, eos_id):
     if ids[-1] != eos_id and len(ids) < s.max_new_tokens:
         return f"ends without EOS at token {ids[-1]}: let the engine stop at the tokenizer's EOS ({eos_id}) alone"
 
-# %% ../nbs/21b_engines.ipynb #1e05f144
+# %% ../nbs/21b_engines.ipynb #f4f6f644
 @dataclass
 class EngineSamples(Samples):
     "Completions drawn by an engine, and what it says of them"
     logprobs: list  # N lists of nats, one for each token, or more where a completion was cut at a stop string
 
-# %% ../nbs/21b_engines.ipynb #85f713ef
+# %% ../nbs/21b_engines.ipynb #74697ed4
 def check_drawn(tokens, logprobs, count, s, vocab_size, eos_id):
     "`EngineError` for the first of `count` completions that can't be trained on"
     if (len(tokens), len(logprobs)) != (count, count):
@@ -165,7 +165,7 @@ def check_drawn(tokens, logprobs, count, s, vocab_size, eos_id):
         if wrong := odd_completion(ids, lps, s, vocab_size, eos_id):
             raise EngineError(f'completion {i} of the engine {wrong}')
 
-# %% ../nbs/21b_engines.ipynb #daff01cf
+# %% ../nbs/21b_engines.ipynb #0aafc0a3
 def engine_samples(
     engine: Engine, tok,
     vocab_size: int,     # Tokens of the policy
@@ -180,7 +180,7 @@ def engine_samples(
     rows = as_samples(tok, repeat_each(prompts, n), repeat_each(prompt_ids, n), tokens)
     return EngineSamples(**vars(rows), logprobs=logprobs)
 
-# %% ../nbs/21b_engines.ipynb #ac08027e
+# %% ../nbs/21b_engines.ipynb #5c5a761b
 def read_choice(
     choice: dict,       # Of the server's reply
     prompt_ids: list,   # Ids that it was asked about
@@ -197,7 +197,7 @@ def read_choice(
         raise EngineError('the server has read another prompt than it was sent: serve the same model and tokenizer')
     return ids, told.get('token_logprobs')
 
-# %% ../nbs/21b_engines.ipynb #227b3fc0
+# %% ../nbs/21b_engines.ipynb #fd634c7e
 def read_reply(reply, prompt_ids, n):
     "Ids and log-probs of all completions, in order"
     try:
@@ -209,7 +209,7 @@ def read_reply(reply, prompt_ids, n):
         raise EngineError('the reply of the server is no list of completions: check its address') from None
     return [ids for ids, _ in read], [logprobs for _, logprobs in read]
 
-# %% ../nbs/21b_engines.ipynb #2949f7b5
+# %% ../nbs/21b_engines.ipynb #b9555eec
 class ServerEngine(Engine):
     "An OpenAI-compatible server that takes token ids and returns token ids and log-probs"
     def __init__(self,
@@ -227,11 +227,11 @@ class ServerEngine(Engine):
         if not 0 < timeout < math.inf or retries < 0:
             raise UserError(f'timeout {timeout}, retries {retries}: give seconds above 0, and at least 0 retries')
 
-# %% ../nbs/21b_engines.ipynb #978b4d49
+# %% ../nbs/21b_engines.ipynb #69515479
 @patch
 def _key(self: ServerEngine): return os.environ.get(self.key_env, '').strip()
 
-# %% ../nbs/21b_engines.ipynb #dc61914b
+# %% ../nbs/21b_engines.ipynb #57423801
 @patch
 def _ask(self: ServerEngine, prompt_ids, n, s):
     "The server's reply to one request for all completions"
@@ -246,7 +246,7 @@ def _ask(self: ServerEngine, prompt_ids, n, s):
             model=self.model, prompt=prompt_ids, n=n, max_tokens=s.max_new_tokens, temperature=s.temperature, top_p=1.,
             logprobs=1, extra_body=more).http_response.json()
 
-# %% ../nbs/21b_engines.ipynb #adb76eba
+# %% ../nbs/21b_engines.ipynb #dba58375
 @patch
 def _within(self: ServerEngine, what, f):
     "`f()`; whatever goes wrong, and too long a wait, is one sentence without the key"
@@ -257,7 +257,7 @@ def _within(self: ServerEngine, what, f):
         if key := self._key(): said = said.replace(key, '***')
         raise EngineError(f'{what} ({type(e).__name__}: {" ".join(said.split())[:200]})') from None
 
-# %% ../nbs/21b_engines.ipynb #c10c170a
+# %% ../nbs/21b_engines.ipynb #7c92625b
 @patch
 def generate(self: ServerEngine, prompt_ids, n, sampling):
     "By one request for all completions; with random numbers of the server's own"
@@ -265,7 +265,7 @@ def generate(self: ServerEngine, prompt_ids, n, sampling):
                          lambda: self._ask(prompt_ids, n, sampling))
     return read_reply(reply, prompt_ids, n)
 
-# %% ../nbs/21b_engines.ipynb #f2e24577
+# %% ../nbs/21b_engines.ipynb #34b90702
 @patch
 def update(self: ServerEngine, policy):
     "Let `push` bring the weights to the server, on the main process"
@@ -275,7 +275,7 @@ def update(self: ServerEngine, policy):
     if PartialState().is_main_process:
         self._within('the weights could not be pushed to the server', lambda: self.push(merged(policy)))
 
-# %% ../nbs/21b_engines.ipynb #5cda9e68
+# %% ../nbs/21b_engines.ipynb #d9b1a916
 class EngineServer(ThreadingHTTPServer):
     "An OpenAI-compatible server on 127.0.0.1 whose completions are drawn by an engine: for tests and trials"
     daemon_threads = True
@@ -288,7 +288,7 @@ class EngineServer(ThreadingHTTPServer):
         return self
     def __exit__(self, *_): self.shutdown(); self.server_close()
 
-# %% ../nbs/21b_engines.ipynb #de6b91db
+# %% ../nbs/21b_engines.ipynb #eb88b6ef
 @patch
 def answer(self: EngineServer, body):
     "(HTTP status, reply) to a request"
@@ -298,7 +298,7 @@ def answer(self: EngineServer, body):
     rows = enumerate(zip(ids, told))
     return 200, dict(choices=[dict(index=i, text='', token_ids=c, logprobs=l) for i, (c, l) in rows])
 
-# %% ../nbs/21b_engines.ipynb #46c1692b
+# %% ../nbs/21b_engines.ipynb #0c085531
 class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_): pass
     def do_POST(self):
@@ -311,7 +311,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-# %% ../nbs/21b_engines.ipynb #f027aaf5
+# %% ../nbs/21b_engines.ipynb #f91ba37e
 class VLLMEngine(Engine):
     "vLLM through TRL's `VLLMGeneration` (TRL 1.16): written for its methods, untested with vLLM itself"
     def __init__(self,
@@ -322,7 +322,7 @@ class VLLMEngine(Engine):
     ):
         self.tok, self.timeout, self.kw, self.vllm = tok, timeout, dict(mode=mode, **kw), None
 
-# %% ../nbs/21b_engines.ipynb #3b2e4a5b
+# %% ../nbs/21b_engines.ipynb #a4e2a191
 @patch
 def _start(self: VLLMEngine, model):
     "TRL's object; the HTTP session of its client, which has no limits of its own, gets one"
@@ -332,7 +332,7 @@ def _start(self: VLLMEngine, model):
         session.request = partial(session.request, timeout=self.timeout / 6)
     return vllm
 
-# %% ../nbs/21b_engines.ipynb #14ad8261
+# %% ../nbs/21b_engines.ipynb #b1e66516
 @patch
 def _safely(self: VLLMEngine, f):
     "`f()`; vLLM's and TRL's errors in one sentence"
@@ -341,7 +341,7 @@ def _safely(self: VLLMEngine, f):
     except Exception as e:
         raise EngineError(f'vLLM failed ({type(e).__name__}: {" ".join(str(e).split())[:200]})') from e
 
-# %% ../nbs/21b_engines.ipynb #c191d86d
+# %% ../nbs/21b_engines.ipynb #4f540c9d
 @patch
 def update(self: VLLMEngine, policy):
     "Start vLLM where it isn't yet, and synchronise its weights"
@@ -352,7 +352,7 @@ def update(self: VLLMEngine, policy):
         self.vllm.sync_weights()
     self._safely(sync)
 
-# %% ../nbs/21b_engines.ipynb #31194805
+# %% ../nbs/21b_engines.ipynb #88c0224a
 @patch
 def generate(self: VLLMEngine, prompt_ids, n, sampling):
     "With random numbers of vLLM's own"
