@@ -311,18 +311,19 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-# %% ../nbs/21b_engines.ipynb #f91ba37e
+# %% ../nbs/21b_engines.ipynb #92eaa678
 class VLLMEngine(Engine):
     "vLLM through TRL's `VLLMGeneration` (TRL 1.16): written for its methods, untested with vLLM itself"
     def __init__(self,
         tok,                    # Tokenizer
         mode: str = 'colocate', # colocate: in this process; server: by `vllm serve`
-        timeout: float = 600.,  # Seconds at most for the server: to start, and for a request with its 5 retries (pauses apart)
+        timeout: float = 600.,  # Seconds at most for the server to start, and for a request with its 5 retries,
+                                # pauses between them apart
         **kw,                   # More of `VLLMGeneration`
     ):
         self.tok, self.timeout, self.kw, self.vllm = tok, timeout, dict(mode=mode, **kw), None
 
-# %% ../nbs/21b_engines.ipynb #a4e2a191
+# %% ../nbs/21b_engines.ipynb #16ad6c04
 @patch
 def _start(self: VLLMEngine, model):
     "TRL's object; the HTTP session of its client, which has no limits of its own, gets one"
@@ -332,7 +333,7 @@ def _start(self: VLLMEngine, model):
         session.request = partial(session.request, timeout=self.timeout / 6)
     return vllm
 
-# %% ../nbs/21b_engines.ipynb #b1e66516
+# %% ../nbs/21b_engines.ipynb #ccbf8cef
 @patch
 def _safely(self: VLLMEngine, f):
     "`f()`; vLLM's and TRL's errors in one sentence"
@@ -341,7 +342,7 @@ def _safely(self: VLLMEngine, f):
     except Exception as e:
         raise EngineError(f'vLLM failed ({type(e).__name__}: {" ".join(str(e).split())[:200]})') from e
 
-# %% ../nbs/21b_engines.ipynb #4f540c9d
+# %% ../nbs/21b_engines.ipynb #17abb6e1
 @patch
 def update(self: VLLMEngine, policy):
     "Start vLLM where it isn't yet, and synchronise its weights"
@@ -352,7 +353,7 @@ def update(self: VLLMEngine, policy):
         self.vllm.sync_weights()
     self._safely(sync)
 
-# %% ../nbs/21b_engines.ipynb #88c0224a
+# %% ../nbs/21b_engines.ipynb #49fc0bcb
 @patch
 def generate(self: VLLMEngine, prompt_ids, n, sampling):
     "With random numbers of vLLM's own"
