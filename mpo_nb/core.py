@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'BIDI', 'printable', 'encodable', 'UserError', 'replacing', 'write_json', 'read_json', 'read_frame',
            'read_parquet', 'file_hash', 'file_names', 'file_list', 'damage', 'file_lock', 'read_jsonl', 'append_jsonl',
-           'cache_root', 'cached_array', 'explore', 'check_loaded', 'runtime']
+           'within', 'cache_root', 'cached_array', 'explore', 'check_loaded', 'runtime']
 
 # %% ../nbs/01_core.ipynb #590dfc1d
 import contextlib
@@ -14,7 +14,9 @@ import json
 import logging
 import os
 import tempfile
+import threading
 import unicodedata
+from concurrent.futures import Future, TimeoutError as OutOfTime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -211,6 +213,20 @@ def append_jsonl(
         except BaseException:
             f.truncate(size)
             raise
+
+# %% ../nbs/01_core.ipynb #6d121389
+def within(
+    seconds: float, # at most
+    f,              # () -> anything; left behind in a thread of its own where it doesn't end
+):
+    "`f()`, or `TimeoutError`"
+    out = Future()
+    def work():
+        try: out.set_result(f())
+        except BaseException as e: out.set_exception(e)
+    threading.Thread(target=work, daemon=True).start()
+    try: return out.result(seconds)
+    except OutOfTime: raise TimeoutError(f'no whole reply within {seconds:.1f} s') from None
 
 # %% ../nbs/01_core.ipynb #c5dfcf41
 def cache_root() -> Path: # `$MPO_NB_CACHE`, or ~/.cache/mpo_nb

@@ -8,7 +8,7 @@ __all__ = ['KINDS', 'LEAST', 'PROPERTIES', 'SCHEMA', 'ROOM', 'FATAL', 'LLMJudge'
 # %% ../nbs/32_judge.ipynb #29a27719
 import base64, dataclasses, hashlib, json, math, os, re, threading
 from collections import Counter
-from concurrent.futures import as_completed, Future, ThreadPoolExecutor, TimeoutError as OutOfTime
+from concurrent.futures import as_completed, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,7 +20,7 @@ import pandas as pd
 from fastcore.basics import patch
 from tqdm import tqdm
 
-from .core import encodable, UserError
+from .core import encodable, UserError, within
 from .compare import a_first
 from mpo_nb.asking import (
     check_rows, combine, FAIR, fill, FORMATS, Meter, ORDERS, Question, question, read_answers, read_verdict,
@@ -288,16 +288,6 @@ def _learn(self:LLMJudge, error, sent):
     return bool(at)
 
 # %% ../nbs/32_judge.ipynb #d36561d4
-def _within(seconds, f):
-    "`f()`, or `TimeoutError`: a server that sends a byte now and then never exceeds the time of a single read"
-    out = Future()
-    def work():
-        try: out.set_result(f())
-        except BaseException as e: out.set_exception(e)
-    threading.Thread(target=work, daemon=True).start()   # left behind where it doesn't end
-    try: return out.result(seconds)
-    except OutOfTime: raise TimeoutError(f'no whole reply within {seconds:.1f} s') from None
-
 @patch
 def _send(self:LLMJudge, q, room):
     "The server's reply; what is refused is left out and the request made again"
@@ -307,7 +297,7 @@ def _send(self:LLMJudge, q, room):
         params = self._params(q, room)
         size, reply = _tokens(params['messages'][0]['content']) + room, None
         self.meter.reserve(size)
-        try: reply = _within(limit, lambda: self.client.chat.completions.create(**params))
+        try: reply = within(limit, lambda: self.client.chat.completions.create(**params))
         except (openai.BadRequestError, openai.UnprocessableEntityError) as e:
             if not self._learn(e, params): raise
             continue

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LARGEST_SCORE', 'KL_ESTIMATORS', 'ADVANTAGES', 'KL_PLACES', 'as_scores', 'checked_scores', 'token_rewards', 'gae',
            'over_tokens', 'rloo', 'AdvantageEstimator', 'moments', 'whiten', 'policy_loss', 'value_loss', 'kl_loss',
-           'kl_prices', 'PPOSettings', 'repeat_each', 'estimate_advantages', 'Experience', 'minibatch', 'outputs_of',
-           'critic_terms', 'ppo_losses', 'ppo_loss', 'ppo_loop']
+           'kl_prices', 'PPOSettings', 'estimate_advantages', 'Experience', 'minibatch', 'outputs_of', 'critic_terms',
+           'ppo_losses', 'ppo_loss', 'ppo_loop']
 
 # %% ../nbs/22_ppo.ipynb #af346a5c
 import math
@@ -21,6 +21,7 @@ from .logprobs import Batch, kl_k1, kl_k2, kl_k3, masked_sum
 from .sampling import sample
 from .arguments import option
 from .actor_critic import ActorCritic, evaluate_samples, flush_rows, moved, Rollout
+from .engines import repeat_each
 
 # %% ../nbs/22_ppo.ipynb #7abf9541
 LARGEST_SCORE = 1e12   # beyond this the square of a return doesn't fit into float32
@@ -199,11 +200,6 @@ class PPOSettings:
     entropy_coef: float = option(0.0, 'Bonus for each nat of entropy of a token.')
     max_grad_norm: float = option(1.0, 'Longest gradient of a step; longer ones are scaled down to it.')
 
-# %% ../nbs/22_ppo.ipynb #c12fa62b
-def repeat_each(xs, n):
-    "Every element `n` times, side by side"
-    return [x for x in xs for _ in range(n)]
-
 # %% ../nbs/22_ppo.ipynb #228f60e9
 def estimate_advantages(
     rewards: torch.Tensor,  # [N, T]
@@ -225,6 +221,7 @@ class Experience(Rollout):
     advantages: torch.Tensor  # [N, T]
     returns: torch.Tensor     # [N, T] targets of the critic
     kl_coef: float = 0.       # β in the loss; 0: the KL was paid for in the rewards
+    importance: torch.Tensor = None  # [N, T] weights of tokens that an engine drew; None: the policy drew them
 
 # %% ../nbs/22_ppo.ipynb #5bd7be97
 def minibatch(exp, rows, pad_id):
@@ -233,6 +230,7 @@ def minibatch(exp, rows, pad_id):
     T = batch.mask.shape[1]
     kept = {'old_logprobs': exp.logprobs, 'old_values': exp.values, 'advantages': exp.advantages,
             'returns': exp.returns} | ({'ref_logprobs': exp.ref_logprobs} if exp.kl_coef else {})
+    if exp.importance is not None: kept['importance'] = exp.importance
     return vars(batch) | {k: moved(v[rows, :T], exp.mask[rows, :T], batch.mask) for k, v in kept.items()}
 
 # %% ../nbs/22_ppo.ipynb #7202331b
@@ -263,6 +261,8 @@ def ppo_losses(
     if values is not None: terms |= critic_terms(values, mb, cliprange_value)
     if 'ref_logprobs' in mb:
         terms['loss/kl'] = kl_loss(logprobs, mb['old_logprobs'], mb['ref_logprobs'], kl_estimator)
+    for k in ('loss/policy', 'loss/kl'):        # what is an expectation over the policy that sampled
+        if k in terms and 'importance' in mb: terms[k] = terms[k] * mb['importance']
     return {k: masked_sum(v, mb['mask']) for k, v in terms.items()}
 
 # %% ../nbs/22_ppo.ipynb #eac3a677

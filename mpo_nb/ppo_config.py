@@ -149,6 +149,7 @@ class RolloutSettings:
     max_prompt_length: int | None = option(None, 'Longer prompts are set aside and counted, tokens.')
     log_completions: int | None = option(
         None, 'Keep the completions of every so many rollouts in output_dir/completions.')
+    importance_cap: float = option(2.0, 'With an engine: largest importance weight of a token that it drew.')
 
 # %% ../nbs/23_ppo_config.ipynb #72bcdd07
 @dataclass
@@ -185,7 +186,8 @@ PPO_BOUNDS = [
     ('ref_ema', lambda v, a: v is None or 0 <= v < 1, 'it must lie in [0, 1), or be null for a fixed reference'),
     ('temperature', lambda v, a: .01 <= v < math.inf, 'too small to sample from, use at least 0.01'),
     ('max_grad_norm', lambda v, a: v is None or v >= 0, 'it must be positive (0 or null: no clipping)'),
-    ('stop_strings', lambda v, a: not isinstance(v, str) and all(v or []), 'give a list of texts, none of them empty')]
+    ('stop_strings', lambda v, a: not isinstance(v, str) and all(v or []), 'give a list of texts, none of them empty'),
+    ('importance_cap', lambda v, a: v >= 1, 'it must be at least 1')]
 
 # %% ../nbs/23_ppo_config.ipynb #4bfd7b01
 PPO_BOUNDS += [

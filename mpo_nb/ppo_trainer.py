@@ -28,9 +28,12 @@ from .sampling import check_sampling, cut_at_stop, sample, Samples, seeded
 from .training import bare, check_processes, Metrics
 from .arguments import each, model_from, name_of, taken, tokenizer_for, with_prompts, write_card
 from .actor_critic import by_length, check_same, evaluate_samples, ValueHead
+from mpo_nb.engines import (
+    at_tokens, Engine, engine_samples, EngineError, importance_weights, mismatch, repeat_each, Sampling
+)
 from mpo_nb.ppo import (
     as_scores, checked_scores, estimate_advantages, Experience, kl_prices, minibatch, moments, outputs_of, ppo_loss,
-    ppo_losses, PPOSettings, repeat_each, token_rewards
+    ppo_losses, PPOSettings, token_rewards
 )
 from mpo_nb.ppo_config import (
     actor_critic_and_reference, combined_reward, follow, next_kl_coef, PPOConfig, rollout_rows, rollout_seed,
@@ -54,14 +57,15 @@ class PPOTrainer(Trainer):
         callbacks: list = None,            # `TrainerCallback`s
         peft_config=None,                  # `peft.LoraConfig`: new adapters on policy and critic
         monitors: dict = None,             # name -> (prompts, completions) -> scores: logged as objective/name
+        engine=None,                       # `Engine` that draws the completions; None: the policy itself does
         **kw,                              # optimizers, … of `Trainer`
     ):
         args = args or PPOConfig(f'{name_of(model)}-PPO')
-        check_given(reward, args, kw)
+        check_given(reward, args, kw, engine)
         init = dict(args.model_init_kwargs or {})
         model, ref_model = model_from(model, init), ref_model and model_from(ref_model)
         tok = tokenizer_for(model, processing_class, args.pad_token, init.get('revision'))
-        self.reward, self.monitors = combined_reward(reward), monitors or {}
+        self.reward, self.monitors, self.engine = combined_reward(reward), monitors or {}, engine
         self.experience, self.rollout_index, self.kl_coef, self.metrics_seen = None, -1, args.kl_coef, Metrics()
         self.stopped, self.step_kl = False, 0.0     # of `target_kl`
         self.unchecked, self.near_itself = False, ref_model is None
@@ -83,7 +87,8 @@ TRL_ARGUMENTS = dict(reward_model='reward', reward_funcs='reward', tokenizer='pr
 
 def check_given(
     reward, args,
-    more=(),   # Names of further arguments
+    more=(),      # Names of further arguments
+    engine=None,  # `Engine`
 ):
     "`UserError` where something is missing that has no default, or the machine is set up in a way that can't work"
     for k in more:
@@ -91,6 +96,8 @@ def check_given(
         if k == 'data_collator': raise UserError('data_collator: PPOTrainer makes its batches itself; leave it out')
     if reward is None:
         raise UserError('PPOTrainer needs reward=: a RewardModel, or a function (prompts, completions) -> scores')
+    if not isinstance(engine, Engine | None):
+        raise UserError(f'engine is {type(engine).__name__}: give a LocalEngine, ServerEngine, VLLMEngine or your own')
     check_processes(args)
 
 def of_stream(ds, args):
@@ -113,7 +120,6 @@ def plan_steps(args, n):
 @patch(as_prop=True)
 def policy(self: PPOTrainer): return self.model.policy
 
-# %% ../nbs/24_ppo_trainer.ipynb #19d77635
 @patch
 def _total(self: PPOTrainer, x):
     "Sum over processes"
@@ -136,13 +142,43 @@ def _places(self: PPOTrainer, n_prompts, repeat=1):
 
 # %% ../nbs/24_ppo_trainer.ipynb #001c783e
 @patch
-def _sample(self: PPOTrainer, prompts, seed, places=None):
-    "Completions of the policy as it is now"
+def _sample(self: PPOTrainer, prompts, seed, places=None, n=1):
+    "Completions of the policy as it is now, `n` for each run of equal prompts"
     a = self.args
+    if self.engine is not None: samples = self._by_engine(prompts[::n], seed, n)
     # PEFT's wrapper would put its own generation config in front of ours
-    samples = sample(bare(self.policy), self.processing_class, prompts, a.max_new_tokens, a.temperature, seed,
-                     a.generation_batch_size or len(prompts), min_new_tokens=a.min_new_tokens, places=places)
+    else: samples = sample(bare(self.policy), self.processing_class, prompts, a.max_new_tokens, a.temperature, seed,
+                           a.generation_batch_size or len(prompts), min_new_tokens=a.min_new_tokens, places=places)
     return cut_at_stop(samples, self.processing_class, a.stop_strings) if a.stop_strings else samples
+
+# %% ../nbs/24_ppo_trainer.ipynb #f90c086d
+@patch
+def _on_all(self: PPOTrainer, f):
+    "`f()` on every process; where it fails on one of them, all stop"
+    out = error = None
+    try: out = f()
+    except UserError as e: error = e
+    if self._total(torch.tensor(float(error is not None))):
+        raise error or EngineError('the engine of another process failed')
+    return out
+
+@patch
+def _by_engine(self: PPOTrainer, prompts, seed, n):
+    "`n` completions of each prompt by the engine, with the policy's weights"
+    a, tok, vocab = self.args, self.processing_class, bare(self.policy).config.get_text_config().vocab_size
+    how = Sampling(a.max_new_tokens, a.temperature, a.min_new_tokens, seed + self.accelerator.process_index)
+    try:
+        self._on_all(lambda: self.engine.update(self.policy))
+        return self._on_all(lambda: engine_samples(self.engine, tok, vocab, prompts, n, how))
+    except EngineError as e: raise self._kept(e) from None
+
+@patch
+def _kept(self: PPOTrainer, error):
+    "An engine's error, with the name of the checkpoint that is written now: nothing that was learned is lost"
+    if not self.is_in_train or self.args.save_strategy == 'no' or not self.state.global_step: return error
+    self._save_checkpoint(self.model, None)
+    return EngineError(f'{error}; the run up to here is in checkpoint-{self.state.global_step}: see to the engine, and '
+                       'resume from there')
 
 # %% ../nbs/24_ppo_trainer.ipynb #e3b7b646
 def rollout_sums(rollout, scores, kl_coef):
@@ -168,16 +204,25 @@ def _monitored(self: PPOTrainer, samples):
             for name, m in self.monitors.items()}
 
 @patch
-def _sample_and_score(self: PPOTrainer, prompts, seed, places=None):
-    "A rollout, its scores [N], and the log entries of both"
-    a, samples = self.args, self._sample(prompts, seed, places)
+def _engine_logprobs(self: PPOTrainer, rollout): return at_tokens(rollout.samples.logprobs, rollout.mask)
+
+@patch
+def _scored(self: PPOTrainer, samples):
+    "A rollout of these samples, its scores [N], and the log entries of both"
+    a = self.args
     scores = checked_scores(self.reward, samples, a.missing_eos_penalty)
     with self.accelerator.autocast():
         rollout = evaluate_samples(self.model, self.ref_model, samples, self.processing_class.pad_token_id,
                                    a.temperature, a.per_device_train_batch_size, a.device)
     sums = rollout_sums(rollout, scores, self.kl_coef)
     sums |= {f'objective/{k}': (float(seen.sum()), len(samples)) for k, seen in self._monitored(samples).items()}
+    if self.engine is not None:
+        sums |= mismatch(rollout.logprobs, self._engine_logprobs(rollout), rollout.mask, a.importance_cap)
     return rollout, scores, self._averages(sums)
+
+@patch
+def _sample_and_score(self: PPOTrainer, prompts, seed, places=None):
+    return self._scored(self._sample(prompts, seed, places))
 
 # %% ../nbs/24_ppo_trainer.ipynb #984a93f4
 @patch
@@ -187,7 +232,9 @@ def _learn_from(self: PPOTrainer, rollout, scores):
     shaped = shape_scores(scores, a.scale_scores, a.clip_scores, self._total)
     rewards = token_rewards(shaped, rollout.logprobs, rollout.ref_logprobs, rollout.mask, in_reward, a.kl_estimator)
     advantages, returns = estimate_advantages(rewards, rollout, a, self._total)
-    return Experience(**vars(rollout), advantages=advantages, returns=returns, kl_coef=in_loss)
+    weights = None if self.engine is None else importance_weights(rollout.logprobs, self._engine_logprobs(rollout),
+                                                                  a.importance_cap)
+    return Experience(**vars(rollout), advantages=advantages, returns=returns, kl_coef=in_loss, importance=weights)
 
 # %% ../nbs/24_ppo_trainer.ipynb #8b87bd0c
 def explained_variance(returns, values, mask, reduce=lambda t: t):
@@ -228,11 +275,12 @@ def _check_ratio(self: PPOTrainer, logprobs, mb):
 @patch
 def _rollout(self: PPOTrainer, k):
     "Sample rollout `k` with the present weights and turn it into `self.experience`"
-    a, start = self.args, time.perf_counter()
-    if k == 0: check_sampling(bare(self.policy), self.processing_class, self.train_dataset[0]['prompt'], a.temperature)
-    if k > 0 and a.ref_ema is not None: follow(self.ref_model, self.policy, a.ref_ema)
+    a, start, first = self.args, time.perf_counter(), self.train_dataset[0]['prompt']
+    if k == 0 and self.engine is None: check_sampling(bare(self.policy), self.processing_class, first, a.temperature)
     places = self._places(a.rollout_batch_size // a.num_generations, a.num_generations)
-    rollout, scores, stats = self._sample_and_score(self._prompts_of(k), rollout_seed(a.seed, k), places)
+    samples = self._sample(self._prompts_of(k), rollout_seed(a.seed, k), places, a.num_generations)
+    if k > 0 and a.ref_ema is not None: follow(self.ref_model, self.policy, a.ref_ema)
+    rollout, scores, stats = self._scored(samples)
     self._check_start(rollout, k == 0 and self.experience is None)
     self._keep_completions(k, rollout, scores)
     self.experience, self.rollout_index = self._learn_from(rollout, scores), k
@@ -479,7 +527,8 @@ PLOTS = {'score': ['objective/score', 'objective/rlhf_reward'],
          'entropy (nats per token)': ['objective/entropy'], 'clipped share': ['policy/clipfrac', 'val/clipfrac'],
          'approximate KL of an update (nats per token)': ['policy/approxkl'],
          'explained variance of the critic': ['val/explained_variance'],
-         'length (tokens)': ['rollout/length'], 'share that ends': ['rollout/eos_rate']}
+         'length (tokens)': ['rollout/length'], 'share that ends': ['rollout/eos_rate'],
+         "engine against policy (nats per token)": ['engine/mismatch']}
 
 # %% ../nbs/24_ppo_trainer.ipynb #4f125e56
 def plot_run(

@@ -29,6 +29,7 @@ from mpo_nb.bias import length_check
 from mpo_nb.asking import (
     combine, fill, FORMATS, Meter, Question, read_answers, read_verdict, Store, TASKS, TEMPLATE, Unreadable, unswapped
 )
+from mpo_nb.engines import EngineError, Sampling, ServerEngine
 from mpo_nb.judge import FakeServer, LLMJudge
 from mpo_nb.bias import verdict_agreement
 from mpo_nb.judging import judge_file, judge_from, JUDGES, position_bias, self_agreement
@@ -912,3 +913,11 @@ def test_a_real_server_end_to_end(real_server, tmp_path):
     unknown = LLMJudge('no/such-model', base_url=real_server['url'], template=TEMPLATE_260K, retries=0,
                        give_up=2)(rows_of(5))
     assert (unknown.verdict == 'failed').all() and unknown.reason.str.len().gt(20).all()
+
+
+def test_a_real_server_of_texts_is_no_rollout_engine(real_server):
+    "`transformers serve` takes no token ids and returns none: one sentence, with what the server says, and no retries"
+    engine = ServerEngine(real_server['url'], real_server['model'], timeout=60.)
+    with pytest.raises(EngineError, match='for token ids .Unprocessable.*Unexpected fields') as e:
+        engine.generate([[5, 6]], 1, Sampling(4))
+    assert '\n' not in str(e.value)
