@@ -471,9 +471,8 @@ def _load_weights(part, folder):
 @patch
 def _parts(self: PPOTrainer, folder, reference=True):
     "What a checkpoint holds: (part, its folder) of policy, critic where there is one, and a reference that moves"
-    parts = [(self.policy, folder), (self.model.critic, folder/'critic')]
-    if reference and self.args.ref_ema is not None: parts.append((self.ref_model, folder/'reference'))
-    return [(part, f) for part, f in parts if part is not None]
+    moved = [(self.ref_model, folder/'reference')] if reference and self.args.ref_ema is not None else []
+    return [(p, f) for p, f in [(self.policy, folder), (self.model.critic, folder/'critic'), *moved] if p is not None]
 
 # %% ../nbs/24_ppo_trainer.ipynb #b183ba98
 @patch
