@@ -145,6 +145,19 @@ def test_the_first_screen_says_what_the_study_says():
         d = paired_row(scores[study][a], scores[study][b])
         assert f"{d['diff']:.2f} ({d['low']:.2f} to {d['high']:.2f})" in ' '.join(README.split()), (study, a, b)
     assert (scores['after'].dpo_ppo_hard > scores['after'].dpo).all()
+
+
+def test_when_which_is_ahead():
+    from mpo_nb.study import compare_policies, join_studies
+    from mpo_nb.cells import load_study
+    said = ' '.join(README.split())
+    shown = dict(labels_65='ppo', reward_500='dpo', labels_95='dpo', oracle='dpo', near='ppo')
+    for name in ('when', 'when_settings'):
+        df = join_studies([ROOT/'mpo_nb'/'saved'/f'{name}.parquet'])
+        for _, r in compare_policies(load_study(name), df).iterrows():
+            if shown.get(r.variant) == r.b:
+                text = f"{r['diff']:+.2f} ({r.low:.2f} to {r.high:.2f})"
+                assert text in said, (r.variant, text)
     assert 'MPO is ahead of PPO, and plain DPO on all pairs is ahead of both' in said
     claims = compared('claims').set_index(['a', 'b'])
     helps = claims[claims.p_holm < .05]['diff']
