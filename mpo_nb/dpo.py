@@ -27,6 +27,7 @@ from mpo_nb.pairs import (
 )
 from .arguments import each, model_from, name_of, option, taken, tokenizer_for, with_prompts, write_card
 from .losses import length_desensitized, Objective, PairLogps, wpo_weights
+from .sharding import Sharded
 from .training import disable_dropout, Metrics, new_adapter, without_adapter
 
 # %% ../nbs/20_dpo.ipynb #a18c0001
@@ -145,7 +146,7 @@ def _check_models(model, ref_model, args):
         raise UserError(f'{type(model).__name__} is an encoder-decoder: DPO here is for causal language models')
 
 # %% ../nbs/20_dpo.ipynb #7129a9ad
-class DPOTrainer(Trainer):
+class DPOTrainer(Sharded, Trainer):
     "DPO on `transformers.Trainer`: `DPOTrainer(model, args=DPOConfig(…), train_dataset=pairs, processing_class=tok)`"
     _tag_names = ['mpo_nb', 'dpo']
 

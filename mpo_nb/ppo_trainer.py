@@ -25,7 +25,8 @@ from transformers.trainer_callback import PrinterCallback
 from .core import replacing, UserError
 from .logprobs import kl_k1, masked_sum
 from .sampling import check_sampling, cut_at_stop, sample, Samples, seeded
-from .training import bare, check_processes, Metrics
+from .sharding import check_processes, Sharded
+from .training import bare, Metrics
 from .arguments import each, model_from, name_of, taken, tokenizer_for, with_prompts, write_card
 from .actor_critic import by_length, check_same, evaluate_samples, ValueHead
 from mpo_nb.engines import (
@@ -41,7 +42,7 @@ from mpo_nb.ppo_config import (
 )
 
 # %% ../nbs/25_ppo_trainer.ipynb #788698c2
-class PPOTrainer(Trainer):
+class PPOTrainer(Sharded, Trainer):
     """PPO on `transformers.Trainer`:
     `PPOTrainer(model, ref_model, reward, value_model, args, train_dataset=prompts, processing_class=tok).train()`.
     With `peft_config` the `model` itself is frozen and is the reference; what is trained is `trainer.policy`"""
