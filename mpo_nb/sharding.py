@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['FSDP_NEEDS', 'OWN', 'LOST', 'asked_for', 'fsdp_plugin', 'check_processes', 'shard_on_cpu', 'skeleton', 'whole',
            'trained', 'fill', 'empty', 'become', 'data_hash', 'what_is_trained', 'check_agree', 'answering', 'Sharded',
-           'in_pieces']
+           'in_pieces', 'in_whole']
 
-# %% ../nbs/11b_sharding.ipynb #c7ccaf08
+# %% ../nbs/11b_sharding.ipynb #d91fead0
 import copy
+import functools
 import hashlib
 import json
 import logging
@@ -163,7 +164,7 @@ class Sharded:
             check_agree(self)
             with in_pieces(self): return super().train(*args, **kw)
 
-# %% ../nbs/11b_sharding.ipynb #e8f16efd
+# %% ../nbs/11b_sharding.ipynb #99be3bf3
 @contextmanager
 def in_pieces(trainer):
     "While this lasts weights may be cut; behind it they are whole again"
@@ -178,9 +179,16 @@ def in_pieces(trainer):
 @contextmanager
 def whole_model(self: Sharded):
     "While this lasts `self.model` has whole weights in each process"
-    if self.bones is None: yield; return
+    if self.bones is None or self.model is self.bones: yield; return
     cut, self.model = self.model, fill(self.bones, self.model)
     try: yield
     finally:
         self.model = cut
         empty(self.bones)
+
+def in_whole(f):
+    "A method of a `Sharded` trainer that needs whole weights"
+    @functools.wraps(f)
+    def inner(self, *args, **kw):
+        with self.whole_model(): return f(self, *args, **kw)
+    return inner
