@@ -508,14 +508,14 @@ def _save_rng_state(self: PPOTrainer, output_dir):
 @patch
 def _load_best_model(self: PPOTrainer):
     "Policy and critic of the best checkpoint"
-    if self.bones is not None: return Trainer._load_best_model(self)
+    if self.plain is not None: return Trainer._load_best_model(self)
     for part, folder in self._parts(Path(self.state.best_model_checkpoint), reference=False): load_part(part, folder)
 
 # %% ../nbs/25_ppo_trainer.ipynb #4da0a013
 @patch
 def _load_parts(self: PPOTrainer, folder, model):
     "Put the weights of a checkpoint back; those in pieces as `Trainer` does it"
-    in_pieces = [self.policy, self.model.critic] if self.bones is not None else []
+    in_pieces = [self.policy, self.model.critic] if self.plain is not None else []
     if in_pieces: Trainer._load_from_checkpoint(self, str(folder), model)
     for part, place in self._parts(folder):
         if not any(part is p for p in in_pieces): load_part(part, place)
