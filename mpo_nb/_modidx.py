@@ -1135,6 +1135,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'mpo_nb.sharding.hand_over': ('sharding.html#hand_over', 'mpo_nb/sharding.py'),
                                  'mpo_nb.sharding.in_pieces': ('sharding.html#in_pieces', 'mpo_nb/sharding.py'),
                                  'mpo_nb.sharding.in_whole': ('sharding.html#in_whole', 'mpo_nb/sharding.py'),
+                                 'mpo_nb.sharding.limit': ('sharding.html#limit', 'mpo_nb/sharding.py'),
+                                 'mpo_nb.sharding.longest': ('sharding.html#longest', 'mpo_nb/sharding.py'),
                                  'mpo_nb.sharding.shard_on_cpu': ('sharding.html#shard_on_cpu', 'mpo_nb/sharding.py'),
                                  'mpo_nb.sharding.trained': ('sharding.html#trained', 'mpo_nb/sharding.py'),
                                  'mpo_nb.sharding.what_is_trained': ('sharding.html#what_is_trained', 'mpo_nb/sharding.py'),

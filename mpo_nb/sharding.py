@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FSDP_NEEDS', 'OWN', 'LOST', 'asked_for', 'fsdp_plugin', 'check_processes', 'shard_on_cpu', 'trained', 'hand_over',
-           'whole', 'fill', 'empty', 'data_hash', 'what_is_trained', 'check_agree', 'answering', 'Sharded', 'in_pieces',
-           'in_whole']
+           'whole', 'fill', 'empty', 'data_hash', 'what_is_trained', 'check_agree', 'longest', 'limit', 'answering',
+           'Sharded', 'in_pieces', 'in_whole']
 
-# %% ../nbs/11b_sharding.ipynb #d91fead0
+# %% ../nbs/11b_sharding.ipynb #422aadbb
 import copy
 import functools
 import hashlib
@@ -15,6 +15,7 @@ import json
 import logging
 import os
 from contextlib import contextmanager
+from datetime import timedelta
 
 import pyarrow as pa
 import torch
@@ -126,6 +127,21 @@ def check_agree(trainer):
             raise UserError(f'processes 0 and {rank} disagree on the {k} ({a[k]} and {b.get(k)}): '
                             'give all processes the same command and the same files')
 
+# %% ../nbs/11b_sharding.ipynb #a7b1a52e
+def longest() -> timedelta:
+    "How long processes wait for each other outside training: `MPO_NB_TIMEOUT` seconds, by default a day"
+    try: return timedelta(seconds=float(os.environ.get('MPO_NB_TIMEOUT', 86400)))
+    except (ValueError, OverflowError):
+        raise UserError(f'MPO_NB_TIMEOUT is {os.environ["MPO_NB_TIMEOUT"]!r}: give a number of seconds') from None
+
+@contextmanager
+def limit(seconds: int):
+    "While this lasts a process that doesn't answer is waited for so long, and `longest()` behind it"
+    set_limit = torch.distributed.distributed_c10d._set_pg_timeout
+    set_limit(timedelta(seconds=seconds))
+    yield
+    set_limit(longest())
+
 # %% ../nbs/11b_sharding.ipynb #e0be94a1
 LOST = 'gloo', 'Connection closed by peer', 'Timed out', 'timeout'
 
@@ -138,7 +154,7 @@ def answering():
         raise UserError('another process has ended or did not answer in time: its own message says why; start again, '
                         f'and the run goes on from its last checkpoint ({str(e).splitlines()[0][:120]})') from e
 
-# %% ../nbs/11b_sharding.ipynb #a8f052ca
+# %% ../nbs/11b_sharding.ipynb #d15df6be
 class Sharded:
     "What trainers do for several processes: stands before `Trainer` among the bases of a class"
     plain = None   # The model as it was given, while a copy of it in pieces is trained
@@ -149,7 +165,7 @@ class Sharded:
 
     def train(self, *args, **kw):
         if self.accelerator.num_processes == 1: return super().train(*args, **kw)
-        with answering():
+        with answering(), limit(self.args.ddp_timeout):
             check_agree(self)
             with in_pieces(self): return super().train(*args, **kw)
 

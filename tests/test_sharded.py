@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from forks import run_on_two
+from mpo_nb.core import UserError
 from util import distance, dpo_trainer, fingerprint, logged, ppo_trainer, tiny, toy_pairs, weights
 
 pytestmark = pytest.mark.usefixtures('own_random_state')
