@@ -95,6 +95,8 @@ class ActorCritic(nn.Module):
         self.policy, self.critic, self.config = policy, critic, policy.config
         self.entropy_gradient = False   # only an entropy bonus needs it
         self.least = 0, 0               # EOS id, and how many tokens come before it at least
+        # what FSDP gathers at a time
+        self._no_split_modules = getattr(bare(policy), '_no_split_modules', None)
 
 # %% ../nbs/21_actor_critic.ipynb #d1445dcf
 @patch

@@ -27,6 +27,7 @@ from mpo_nb.pairs import (
 )
 from .arguments import each, model_from, name_of, option, taken, tokenizer_for, with_prompts, write_card
 from .losses import length_desensitized, Objective, PairLogps, wpo_weights
+from .sharding import answering, check_agree, Sharded
 from .training import disable_dropout, Metrics, new_adapter, without_adapter
 
 # %% ../nbs/20_dpo.ipynb #a18c0001
@@ -145,7 +146,7 @@ def _check_models(model, ref_model, args):
         raise UserError(f'{type(model).__name__} is an encoder-decoder: DPO here is for causal language models')
 
 # %% ../nbs/20_dpo.ipynb #7129a9ad
-class DPOTrainer(Trainer):
+class DPOTrainer(Sharded, Trainer):
     "DPO on `transformers.Trainer`: `DPOTrainer(model, args=DPOConfig(…), train_dataset=pairs, processing_class=tok)`"
     _tag_names = ['mpo_nb', 'dpo']
 
@@ -228,9 +229,11 @@ def _choose_forward(self: DPOTrainer, ref):
 @patch
 def _set_reference(self: DPOTrainer):
     "Reference log-probs of every pair, and the choice of forward pass, before the first step"
-    self._choose_forward((self.ref_model or self.model).to(self.args.device))
-    if self.train_dataset is not None: self.train_dataset = self._with_reference(self.train_dataset)
-    self.eval_dataset = each(self.eval_dataset, lambda ds, name: self._with_reference(ds))
+    with answering():
+        if self.args.world_size > 1: check_agree(self)
+        self._choose_forward((self.ref_model or self.model).to(self.args.device))
+        if self.train_dataset is not None: self.train_dataset = self._with_reference(self.train_dataset)
+        self.eval_dataset = each(self.eval_dataset, lambda ds, name: self._with_reference(ds))
 
 # %% ../nbs/20_dpo.ipynb #b917d94c
 @patch

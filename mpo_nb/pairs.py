@@ -284,7 +284,8 @@ def _head(model):
     model = getattr(model, 'module', model)
     if hasattr(model, 'get_base_model'): model = model.get_base_model()
     head = model.get_output_embeddings()
-    if type(head) is not torch.nn.Linear:
+    # its forward, not its type: FSDP makes a class of its own of every layer that it cuts
+    if getattr(type(head), 'forward', None) is not torch.nn.Linear.forward:
         raise TypeError(f'the LM head of {type(model).__name__} is a {type(head).__name__}, not a plain linear layer')
     return head
 

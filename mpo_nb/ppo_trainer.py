@@ -25,7 +25,8 @@ from transformers.trainer_callback import PrinterCallback
 from .core import replacing, UserError
 from .logprobs import kl_k1, masked_sum
 from .sampling import check_sampling, cut_at_stop, sample, Samples, seeded
-from .training import bare, check_processes, Metrics
+from .sharding import check_processes, in_whole, Sharded
+from .training import bare, Metrics
 from .arguments import each, model_from, name_of, taken, tokenizer_for, with_prompts, write_card
 from .actor_critic import by_length, check_same, evaluate_samples, ValueHead
 from mpo_nb.engines import (
@@ -41,7 +42,7 @@ from mpo_nb.ppo_config import (
 )
 
 # %% ../nbs/25_ppo_trainer.ipynb #788698c2
-class PPOTrainer(Trainer):
+class PPOTrainer(Sharded, Trainer):
     """PPO on `transformers.Trainer`:
     `PPOTrainer(model, ref_model, reward, value_model, args, train_dataset=prompts, processing_class=tok).train()`.
     With `peft_config` the `model` itself is frozen and is the reference; what is trained is `trainer.policy`"""
@@ -221,6 +222,7 @@ def _scored(self: PPOTrainer, samples):
     return rollout, scores, self._averages(sums)
 
 @patch
+@in_whole
 def _sample_and_score(self: PPOTrainer, prompts, seed, places=None):
     return self._scored(self._sample(prompts, seed, places))
 
@@ -273,6 +275,7 @@ def _check_ratio(self: PPOTrainer, logprobs, mb):
 
 # %% ../nbs/25_ppo_trainer.ipynb #cf0707ec
 @patch
+@in_whole
 def _rollout(self: PPOTrainer, k):
     "Sample rollout `k` with the present weights and turn it into `self.experience`"
     a, start, first = self.args, time.perf_counter(), self.train_dataset[0]['prompt']
@@ -478,10 +481,15 @@ def _parts(self: PPOTrainer, folder, reference=True):
 @patch
 def _save(self: PPOTrainer, output_dir=None, state_dict=None):
     "Policy and tokenizer in `output_dir`, the critic in its folder `critic`, a moving reference in `reference`"
+    if not self.args.should_save: return
     out = Path(output_dir or self.args.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     for part, folder in self._parts(out): save_part(part, folder)
     self.processing_class.save_pretrained(out)
+
+@patch
+@in_whole
+def save_model(self: PPOTrainer, *args, **kw): Trainer.save_model(self, *args, **kw)
 
 # %% ../nbs/25_ppo_trainer.ipynb #0ea49684
 @patch
@@ -500,14 +508,23 @@ def _save_rng_state(self: PPOTrainer, output_dir):
 @patch
 def _load_best_model(self: PPOTrainer):
     "Policy and critic of the best checkpoint"
+    if self.plain is not None: return Trainer._load_best_model(self)
     for part, folder in self._parts(Path(self.state.best_model_checkpoint), reference=False): load_part(part, folder)
 
 # %% ../nbs/25_ppo_trainer.ipynb #4da0a013
 @patch
+def _load_parts(self: PPOTrainer, folder, model):
+    "Put the weights of a checkpoint back; those in pieces as `Trainer` does it"
+    in_pieces = [self.policy, self.model.critic] if self.plain is not None else []
+    if in_pieces: Trainer._load_from_checkpoint(self, str(folder), model)
+    for part, place in self._parts(folder):
+        if not any(part is p for p in in_pieces): load_part(part, place)
+
+@patch
 def _load_from_checkpoint(self: PPOTrainer, resume_from_checkpoint, model=None):
     "Put policy, critic, a moved reference, an unfinished rollout and the state of the run back"
     folder, rank = Path(resume_from_checkpoint), self.accelerator.process_index
-    for part, place in self._parts(folder): load_part(part, place)
+    self._load_parts(folder, model)
     state = json.loads((folder/f'ppo-{rank}.json').read_text(encoding='utf-8'))
     self.kl_coef, self.stopped, self.step_kl = state['kl_coef'], state['stopped'], state['step_kl']
     self.metrics_seen.seen['train'].update(state['metrics'])

@@ -112,11 +112,12 @@ def is_main() -> bool: return int(os.environ.get('RANK', 0)) == 0
 def wait_for_all():
     "Wait until every process is here"
     if n_processes() == 1: return
-    from datetime import timedelta
     import torch
     from accelerate import PartialState
+    from mpo_nb.sharding import answering, longest
     # a stage of the main process may take hours, which the usual limit of some minutes would take for a crash
-    PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1)).wait_for_everyone()
+    everyone = PartialState(cpu=not torch.accelerator.is_available(), timeout=longest())
+    with answering(): everyone.wait_for_everyone()
 
 # %% ../nbs/44_progress.ipynb #e504fad7
 class Stopped(KeyboardInterrupt):

@@ -8,7 +8,7 @@ __all__ = ['DTYPES', 'LORA_BOUNDS', 'has_bf16', 'processor_has_bf16', 'trainer_d
            'tokenize_demonstrations', 'train_with_trl', 'train_sft', 'sharing_copy', 'frozen_reference',
            'check_trainable', 'check_follows', 'linear_layers', 'check_modules', 'lora_config', 'check_adapter',
            'quiet_peft', 'new_adapter', 'without_adapter', 'bare', 'with_adapter', 'policy_and_reference',
-           'save_adapter', 'load_adapter', 'check_processes']
+           'save_adapter', 'load_adapter']
 
 # %% ../nbs/12_training.ipynb #1df86468
 import copy, datasets, importlib.util, logging, math, os, tempfile, torch, warnings
@@ -25,6 +25,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from .core import log, replacing, UserError
 from .logprobs import check_tokenizer, encode_completion, encode_prompt
 from .sampling import seeded
+from .sharding import Sharded
 
 # %% ../nbs/12_training.ipynb #7a287e92
 def has_bf16() -> bool:
@@ -188,6 +189,7 @@ def train_with_trl(cls, config, stage, model, tok, train, valid, output_dir, cal
     if valid is not None: kw = dict(eval_strategy='epoch', per_device_eval_batch_size=64) | kw
     with tempfile.TemporaryDirectory() as tmp:
         args = config(output_dir=str(output_dir or tmp), **trainer_defaults(**kw))
+        cls = type(cls.__name__, (Sharded, cls), {})
         make = lambda: cls(model=model, args=args, train_dataset=train, eval_dataset=valid, processing_class=tok,
                            callbacks=[StopOnNaN(stage), *(callbacks or [])])
         return run_trainer(make, args.seed, resume_from_checkpoint)
@@ -402,17 +404,3 @@ def load_adapter(
     if odd := sorted(there.keys() ^ saved.keys()):
         raise UserError(f'the adapter in {str(path)!r} is not for this model: {odd[0]} is only in one of them')
     return model.eval()
-
-# %% ../nbs/12_training.ipynb #29ab3121
-def check_processes(args):
-    "One process, or several under DDP; anything that cuts weights into pieces is refused"
-    asked = [name
-             for name, on in (('DeepSpeed', args.deepspeed or os.environ.get('ACCELERATE_USE_DEEPSPEED') == 'true'),
-                              ('FSDP', args.fsdp or os.environ.get('ACCELERATE_USE_FSDP') == 'true')) if on]
-    if asked:
-        raise UserError(f'PPOTrainer runs on one process or under DDP; {asked[0]} is not supported: '
-                        f'it cuts into pieces the weights that sampling and the reference need whole')
-    if args.n_gpu > 1:
-        logging.getLogger('mpo_nb').warning(f'one of {args.n_gpu} GPUs is used: '
-                                            f'start with `accelerate launch` to use them all')
-        args._n_gpu = 1

@@ -84,11 +84,11 @@ def free_port():
         return s.getsockname()[1]
 
 
-def run_on_two(code, *argv, cwd=None, timeout=600):
+def run_on_two(code, *argv, env=(), cwd=None, timeout=600):
     "The same code in two processes, with the variables that torchrun sets; `accelerate launch` is test_study.py's"
     port = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2')
     with tempfile.TemporaryDirectory() as tmp:
         files = [(f'{tmp}/out-{rank}', f'{tmp}/err-{rank}') for rank in '01']
-        ranks = [os.environ | port | dict(RANK=rank, LOCAL_RANK=rank) for rank in '01']
-        started = [fork(execute, (code, list(map(str, argv))), *fs, env, cwd) for fs, env in zip(files, ranks)]
+        ranks = [os.environ | port | dict(env) | dict(RANK=rank, LOCAL_RANK=rank) for rank in '01']
+        started = [fork(execute, (code, list(map(str, argv))), *fs, own, cwd) for fs, own in zip(files, ranks)]
         return [ended(p, *fs, timeout) for p, fs in zip(started, files)]
