@@ -44,13 +44,17 @@ def test_stop_on_nan_looks_at_losses_and_rewards_only():
             callback.on_log(None, state, None, logs={key: math.nan})
 
 
-@pytest.mark.parametrize('gpu, bf16, auto', [(False, False, torch.float32), (True, False, torch.float32),
-                                             (True, True, torch.bfloat16)])
-def test_auto_is_bf16_only_where_the_gpu_has_it(gpu, bf16, auto, monkeypatch):
-    "A T4 says that it supports bf16 and emulates it [fails when emulation counts]"
+@pytest.mark.parametrize('gpu, bf16, processor, auto, trains_in_it', [
+    (False, False, {}, torch.float32, False), (False, False, dict(amx_bf16=True), torch.bfloat16, False),
+    (False, False, dict(avx512_bf16=True), torch.bfloat16, False), (True, True, {}, torch.bfloat16, True),
+    (True, False, dict(amx_bf16=True), torch.float32, False)])
+def test_auto_is_bf16_only_where_the_hardware_has_it(gpu, bf16, processor, auto, trains_in_it, monkeypatch):
+    """A T4 says that it supports bf16 and emulates it; a processor stores frozen weights so, and trains in fp32
+    [fails when emulation counts, or the processor behind a GPU]"""
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: gpu)
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: including_emulation or bf16)
-    assert parse_dtype('auto') == auto and trainer_defaults()['bf16'] == (auto == torch.bfloat16)
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: processor)
+    assert parse_dtype('auto') == auto and trainer_defaults()['bf16'] == trains_in_it
     assert parse_dtype('float16') == torch.float16
 
 
