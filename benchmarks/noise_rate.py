@@ -1,4 +1,4 @@
-"""Does the noise-rate estimate of 15_gap hold the true rate? Toy worlds that differ in every random number,
+"""Does the noise-rate estimate of 16_gap hold the true rate? Toy worlds that differ in every random number,
 about a minute and a half each.
 
     python benchmarks/noise_rate.py [--seeds 0 1 2 3 4] [--world '{"topics": 6, "harmful": 3}'] [--out

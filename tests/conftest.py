@@ -86,7 +86,7 @@ def pytest_collection_finish():
 # what workers take first: long files, and before the notebooks the models that many of these start from
 FIRST = 'study', 'toy', 'pipeline', 'judge', 'ppo', 'dpo', 'human', 'colab', 'notebooks'
 # what is made for one of them serves the other: two reward models, two processes
-TOGETHER = {'test_notebook[18_noise]': 'test_notebook[15_gap]', 'test_ppo_variants.py': 'test_ppo.py'}
+TOGETHER = {'test_notebook[19_noise]': 'test_notebook[16_gap]', 'test_ppo_variants.py': 'test_ppo.py'}
 
 
 @pytest.hookimpl(tryfirst=True)   # before xdist reads the groups

@@ -74,7 +74,7 @@ def colab(tmp_path_factory):
 ALL = [p.relative_to(ROOT/'nbs').with_suffix('').as_posix() for p in NOTEBOOKS]
 
 
-@pytest.mark.parametrize('name', ALL if os.environ.get('COLAB') == 'all' else ['39_keys', 'studies/speed'])
+@pytest.mark.parametrize('name', ALL if os.environ.get('COLAB') == 'all' else ['40_keys', 'studies/speed'])
 def test_a_notebook_alone_in_a_folder(name, colab, tmp_path):
     "It installs the package, runs to its end, and torch is as it was [fails without the first cell]"
     python, wheel = colab

@@ -25,7 +25,7 @@ def test_every_notebook_is_in_the_contents(build):
 
 def test_hidden_cells_are_left_out(build):
     "Solutions and the install cell are not on a page; links are turned to the site's anchors"
-    nb = json.loads((ROOT/'nbs'/'15_gap.ipynb').read_text(encoding='utf-8'))
+    nb = json.loads((ROOT/'nbs'/'16_gap.ipynb').read_text(encoding='utf-8'))
     page = json.dumps(build.as_page(nb))
     assert '#| hide' in json.dumps(nb) and '#| hide' not in page and '%pip' not in page and 'crossfit_gaps' in page
     link = dict(cell_type='markdown', source=["[x](06_world_base.ipynb#The-pair's,-or-the-prompt's?)"])

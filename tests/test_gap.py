@@ -1,4 +1,4 @@
-"15_gap: every pair in exactly one set, by the written rule, with its columns."
+"16_gap: every pair in exactly one set, by the written rule, with its columns."
 import matplotlib
 import numpy as np
 import pandas as pd

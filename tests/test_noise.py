@@ -1,4 +1,4 @@
-"18_noise: what probability a gap stands for, and how many labels are wrong."
+"19_noise: what probability a gap stands for, and how many labels are wrong."
 import numpy as np
 import pytest
 

@@ -1,4 +1,4 @@
-"""14_reward: one score per text whatever surrounds it; training that resumes, stops at NaN and leaves the random
+"""15_reward: one score per text whatever surrounds it; training that resumes, stops at NaN and leaves the random
 state alone."""
 import copy
 import json

@@ -1,4 +1,4 @@
-"17_sets: every named set is what its line says, drawn independently of the other lines, and checked before a run."
+"18_sets: every named set is what its line says, drawn independently of the other lines, and checked before a run."
 import math
 
 import numpy as np

@@ -1,4 +1,4 @@
-"12_training: settings that suit the machine, a run that stops at NaN, SFT, adapters that share what lies below them."
+"13_training: settings that suit the machine, a run that stops at NaN, SFT, adapters that share what lies below them."
 import copy
 import importlib.util
 import json
