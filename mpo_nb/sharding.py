@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FSDP_NEEDS', 'OWN', 'LOST', 'asked_for', 'fsdp_plugin', 'check_processes', 'shard_on_cpu', 'trained', 'hand_over',
-           'whole', 'fill', 'empty', 'data_hash', 'what_is_trained', 'check_agree', 'longest', 'limit', 'answering',
-           'Sharded', 'in_pieces', 'in_whole']
+           'whole_weight', 'fill_in', 'empty', 'data_hash', 'what_is_trained', 'check_agree', 'longest', 'limit',
+           'answering', 'Sharded', 'in_pieces', 'in_whole']
 
 # %% ../nbs/12_sharding.ipynb #422aadbb
 import copy
@@ -27,9 +27,10 @@ from torch.distributed.tensor import DTensor
 
 from .core import UserError
 
-# %% ../nbs/12_sharding.ipynb #e1aeb39d
+# %% ../nbs/12_sharding.ipynb #ac321aa8
 def asked_for(name): return os.environ.get(f'ACCELERATE_USE_{name}', 'false').lower() == 'true'
 
+# %% ../nbs/12_sharding.ipynb #9f3fadad
 # attribute of accelerate's plugin, value that works here, its flag, what goes wrong otherwise
 FSDP_NEEDS = (('fsdp_version', 2, '--fsdp_version 2', 'version 1 is not supported'),
               ('cpu_ram_efficient_loading', False, '--fsdp_cpu_ram_efficient_loading false',
@@ -37,6 +38,7 @@ FSDP_NEEDS = (('fsdp_version', 2, '--fsdp_version 2', 'version 1 is not supporte
               ('state_dict_type', 'FULL_STATE_DICT', '--fsdp_state_dict_type FULL_STATE_DICT',
                'else no whole model would be saved'))
 
+# %% ../nbs/12_sharding.ipynb #c5d129dc
 def fsdp_plugin(
     args, # `TrainingArguments`
 ):        # `FullyShardedDataParallelPlugin`, or None
@@ -48,7 +50,7 @@ def fsdp_plugin(
         if getattr(value, 'name', value) != must: raise UserError(f'FSDP: use {flag}: {why}')
     return plugin
 
-# %% ../nbs/12_sharding.ipynb #8c2c698c
+# %% ../nbs/12_sharding.ipynb #91d23166
 def check_processes(args):
     "One process, DDP, or FSDP2; `UserError` for what is not supported"
     if args.deepspeed or asked_for('DEEPSPEED'):
@@ -60,7 +62,7 @@ def check_processes(args):
                                             f'start with `accelerate launch` to use them all')
         args._n_gpu = 1
 
-# %% ../nbs/12_sharding.ipynb #dee9cbb3
+# %% ../nbs/12_sharding.ipynb #be70989c
 def shard_on_cpu(trainer):
     "FSDP for processes without a GPU, where accelerate leaves it out without a word"
     plugin, state = fsdp_plugin(trainer.args), trainer.accelerator.state
@@ -70,9 +72,10 @@ def shard_on_cpu(trainer):
     PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
     state.fsdp_plugin, trainer.is_fsdp_enabled = plugin, True
 
-# %% ../nbs/12_sharding.ipynb #6276c94a
+# %% ../nbs/12_sharding.ipynb #99fc3e34
 def trained(model): return [(n, p) for n, p in model.named_parameters() if p.requires_grad]
 
+# %% ../nbs/12_sharding.ipynb #f2e58dbe
 def hand_over(
     model, # Keeps its structure and what is frozen; its trained weights are afterwards on the device `meta`
 ):         # The same structure, with the very tensors
@@ -82,26 +85,29 @@ def hand_over(
     for m in model.modules(): m._parameters.update({k: empty.get(id(p), p) for k, p in m._parameters.items()})
     return heir
 
-# %% ../nbs/12_sharding.ipynb #8626f899
-def whole(p):
+# %% ../nbs/12_sharding.ipynb #f4a04590
+def whole_weight(p):
     "A copy of a weight, all of it; where it is in pieces all processes put them together"
     return p.full_tensor() if isinstance(p, DTensor) else p.detach().clone()
 
-def fill(model, pieces):
+# %% ../nbs/12_sharding.ipynb #766a4c95
+def fill_in(model, pieces):
     "Give a model whose weights were handed over whole copies of them"
     for m in pieces.modules():
         if isinstance(m, FSDPModule): m.reshard()   # what is left gathered after a forward pass may be rounded
     for name, p in trained(model):
-        torch.utils.swap_tensors(p, torch.nn.Parameter(whole(pieces.get_parameter(name))))
+        torch.utils.swap_tensors(p, torch.nn.Parameter(whole_weight(pieces.get_parameter(name))))
 
+# %% ../nbs/12_sharding.ipynb #7a4fc29e
 def empty(model):
     "Let go of these copies"
     for _, p in trained(model): torch.utils.swap_tensors(p, torch.nn.Parameter(torch.empty_like(p, device='meta')))
 
-# %% ../nbs/12_sharding.ipynb #efe48588
+# %% ../nbs/12_sharding.ipynb #ea57e2a5
 # what may differ between processes
 OWN = 'output_dir', 'logging_dir', 'run_name', 'local_rank', 'local_process_index'
 
+# %% ../nbs/12_sharding.ipynb #a0194b60
 def data_hash(ds) -> str: # ds: a Dataset, or None
     "Hash of the rows of a data set"
     h = hashlib.sha256()
@@ -109,13 +115,14 @@ def data_hash(ds) -> str: # ds: a Dataset, or None
         for batch in t.combine_chunks().to_batches(): h.update(batch.serialize())
     return h.hexdigest()[:16]
 
+# %% ../nbs/12_sharding.ipynb #9ff028ec
 def what_is_trained(trainer) -> dict:
     "What must be the same in all processes: name -> value"
     settings = {f'setting {k}': v for k, v in trainer.args.to_dict().items() if k not in OWN}
     weights = sum(p.detach().double().sum() for p in trainer.model.parameters())
     return settings | {'training data': data_hash(trainer.train_dataset), 'sum of the weights': float(weights)}
 
-# %% ../nbs/12_sharding.ipynb #1610c0a7
+# %% ../nbs/12_sharding.ipynb #c4671735
 def check_agree(trainer):
     "`UserError`, in all processes, where they would not train the same"
     first, *others = gather_object([json.dumps(what_is_trained(trainer), default=str)])
@@ -127,13 +134,14 @@ def check_agree(trainer):
             raise UserError(f'processes 0 and {rank} disagree on the {k} ({a[k]} and {b.get(k)}): '
                             'give all processes the same command and the same files')
 
-# %% ../nbs/12_sharding.ipynb #a7b1a52e
+# %% ../nbs/12_sharding.ipynb #89375ce4
 def longest() -> timedelta:
     "How long processes wait for each other outside training: `MPO_NB_TIMEOUT` seconds, by default a day"
     try: return timedelta(seconds=float(os.environ.get('MPO_NB_TIMEOUT', 86400)))
     except (ValueError, OverflowError):
         raise UserError(f'MPO_NB_TIMEOUT is {os.environ["MPO_NB_TIMEOUT"]!r}: give a number of seconds') from None
 
+# %% ../nbs/12_sharding.ipynb #5c3ee340
 @contextmanager
 def limit(seconds: int):
     "While this lasts a process that doesn't answer is waited for so long, and `longest()` behind it"
@@ -142,9 +150,10 @@ def limit(seconds: int):
     yield
     set_limit(longest())
 
-# %% ../nbs/12_sharding.ipynb #e0be94a1
+# %% ../nbs/12_sharding.ipynb #e7b02e53
 LOST = 'gloo', 'Connection closed by peer', 'Timed out', 'timeout'
 
+# %% ../nbs/12_sharding.ipynb #b5180e40
 @contextmanager
 def answering():
     "Errors of the network between processes, as one sentence"
@@ -154,7 +163,7 @@ def answering():
         raise UserError('another process has ended or did not answer in time: its own message says why; start again, '
                         f'and the run goes on from its last checkpoint ({str(e).splitlines()[0][:120]})') from e
 
-# %% ../nbs/12_sharding.ipynb #d15df6be
+# %% ../nbs/12_sharding.ipynb #bd8fa54a
 class Sharded:
     "What trainers do for several processes: stands before `Trainer` among the bases of a class"
     plain = None   # The model as it was given, while a copy of it in pieces is trained
@@ -174,7 +183,7 @@ class Sharded:
         if self.is_fsdp_enabled and not self.accelerator._models: self.accelerator._models.append(self.model)
         return super().evaluation_loop(*args, **kw)
 
-# %% ../nbs/12_sharding.ipynb #d8bffb67
+# %% ../nbs/12_sharding.ipynb #4f6c0752
 @contextmanager
 def in_pieces(trainer):
     "While this lasts, a trainer that was launched with FSDP trains a copy that takes the weights; then gives them back"
@@ -184,24 +193,25 @@ def in_pieces(trainer):
     trainer.model_wrapped = trainer.model
     trainer.accelerator.state.fsdp_plugin.ignored_modules = [m for m in trainer.model.modules() if not trained(m)]
     yield
-    fill(plain, trainer.model)
+    fill_in(plain, trainer.model)
     trainer.model = trainer.model_wrapped = plain
     trainer.accelerator._models[:] = [plain]
     trainer.plain = trainer.optimizer = None   # an optimizer of pieces
 
-# %% ../nbs/12_sharding.ipynb #62fc328d
+# %% ../nbs/12_sharding.ipynb #7e7e0248
 @patch
 @contextmanager
 def whole_model(self: Sharded):
     "While this lasts `self.model` has whole weights in each process"
     if self.plain is None or self.model is self.plain: yield; return
     pieces, self.model = self.model, self.plain
-    fill(self.plain, pieces)
+    fill_in(self.plain, pieces)
     try: yield
     finally:
         self.model = pieces
         empty(self.plain)
 
+# %% ../nbs/12_sharding.ipynb #78677ae2
 def in_whole(f):
     "A method of a `Sharded` trainer that needs whole weights"
     @functools.wraps(f)
