@@ -14,7 +14,8 @@ from run_notebook import run_notebook
 
 # clock times, and names that are made anew by every run
 MASKED = [r'\d{4}-\d\d-\d\dT[\d:.+]+', r'\d[\d.]*(?=e?-?\d* ?(?:s|ms|seconds|minutes|min)\b)',
-          r'(?<=seconds\': )[\d.]+', r'\d\d:\d\d(?::\d\d)?', r'\b[0-9a-f]{16,}\b', r'/tmp/\w+', r'0x[0-9a-f]+', r'[\d.]+ ?(?:it/s|s/it)']
+          r'(?<=seconds\': )[\d.]+', r'\d\d:\d\d(?::\d\d)?', r'\b[0-9a-f]{16,}\b', r'/tmp/\w+',
+          r'0x[0-9a-f]+', r'[\d.]+ ?(?:it/s|s/it)']
 
 
 def printed(path):
