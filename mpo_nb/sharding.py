@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FSDP_FLAGS', 'OWN', 'LOST', 'asked_for', 'fsdp_refuses', 'fsdp_plugin', 'check_processes', 'shard_on_cpu', 'trained',
-           'hand_over', 'whole', 'fill', 'empty', 'data_hash', 'what_is_trained', 'differing', 'check_agree', 'longest',
-           'limit', 'answering', 'Sharded', 'in_pieces', 'in_whole']
+           'hand_over', 'whole_weight', 'gather_into', 'let_go', 'data_hash', 'what_is_trained', 'differing',
+           'check_agree', 'longest', 'limit', 'answering', 'Sharded', 'in_pieces', 'in_whole']
 
 # %% ../nbs/11b_sharding.ipynb #422aadbb
 import copy
@@ -27,21 +27,24 @@ from torch.distributed.tensor import DTensor
 
 from .core import UserError
 
-# %% ../nbs/11b_sharding.ipynb #af760a3a
+# %% ../nbs/11b_sharding.ipynb #22939872
 def asked_for(name): return os.environ.get(f'ACCELERATE_USE_{name}', 'false').lower() == 'true'
 
 FSDP_FLAGS = ('--fsdp_version 2 --fsdp_cpu_ram_efficient_loading false '
               '--fsdp_state_dict_type FULL_STATE_DICT')
 
+# %% ../nbs/11b_sharding.ipynb #b848f27c
 def fsdp_refuses(why): raise UserError(f'FSDP: {why}: launch with {FSDP_FLAGS}, or say the same in fsdp_config')
 
+# %% ../nbs/11b_sharding.ipynb #c31e4e17
 def fsdp_plugin(
     args, # `TrainingArguments`
 ):        # `FullyShardedDataParallelPlugin`, or None
     "What the launch, or `args`, say of FSDP; `UserError` for a setting that can't work with these trainers"
     if not (args.fsdp or asked_for('FSDP')): return None
     given = args.fsdp_plugin_args or {}
-    if given.get('fsdp_version', os.environ.get('FSDP_VERSION')) not in (2, '2'): fsdp_refuses('only version 2 is supported')
+    version = given.get('fsdp_version', os.environ.get('FSDP_VERSION'))
+    if str(version) != '2': fsdp_refuses('only version 2 is supported')
     plugin = FullyShardedDataParallelPlugin(**given)
     if plugin.cpu_ram_efficient_loading: fsdp_refuses('only the first process would have weights for the reference')
     if plugin.state_dict_type.name != 'FULL_STATE_DICT': fsdp_refuses('no whole model would be saved')
@@ -69,9 +72,10 @@ def shard_on_cpu(trainer):
     PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
     state.fsdp_plugin, trainer.is_fsdp_enabled = plugin, True
 
-# %% ../nbs/11b_sharding.ipynb #6276c94a
+# %% ../nbs/11b_sharding.ipynb #d50f7472
 def trained(model): return [(n, p) for n, p in model.named_parameters() if p.requires_grad]
 
+# %% ../nbs/11b_sharding.ipynb #9461fe68
 def hand_over(
     model, # Keeps its structure and what is frozen; its trained weights are afterwards on the device `meta`
 ):         # The same structure, with the very tensors
@@ -81,26 +85,29 @@ def hand_over(
     for m in model.modules(): m._parameters.update({k: empty.get(id(p), p) for k, p in m._parameters.items()})
     return heir
 
-# %% ../nbs/11b_sharding.ipynb #364260ed
-def whole(p):
+# %% ../nbs/11b_sharding.ipynb #4a5f3069
+def whole_weight(p):
     "A copy of a weight, all of it; where it is in pieces all processes put them together"
     return p.full_tensor() if isinstance(p, DTensor) else p.detach().clone()
 
-def fill(model, pieces):
+# %% ../nbs/11b_sharding.ipynb #ceed362b
+def gather_into(model, pieces):
     "Give a model whose weights were handed over whole copies of them"
     for m in pieces.modules():
         if isinstance(m, FSDPModule): m.reshard()
     for name, p in trained(model):
-        torch.utils.swap_tensors(p, torch.nn.Parameter(whole(pieces.get_parameter(name))))
+        torch.utils.swap_tensors(p, torch.nn.Parameter(whole_weight(pieces.get_parameter(name))))
 
-def empty(model):
+# %% ../nbs/11b_sharding.ipynb #b837461b
+def let_go(model):
     "Let go of these copies"
     for _, p in trained(model): torch.utils.swap_tensors(p, torch.nn.Parameter(torch.empty_like(p, device='meta')))
 
-# %% ../nbs/11b_sharding.ipynb #73a45207
+# %% ../nbs/11b_sharding.ipynb #8a934354
 # what may differ between processes
 OWN = 'output_dir', 'logging_dir', 'run_name', 'local_rank', 'local_process_index'
 
+# %% ../nbs/11b_sharding.ipynb #f200459a
 def data_hash(ds) -> str: # ds: a Dataset, or None
     "Hash of the rows of a data set"
     h = hashlib.sha256()
@@ -108,13 +115,14 @@ def data_hash(ds) -> str: # ds: a Dataset, or None
         for batch in t.combine_chunks().to_batches(): h.update(batch.serialize())
     return h.hexdigest()[:16]
 
-# %% ../nbs/11b_sharding.ipynb #5473dee9
+# %% ../nbs/11b_sharding.ipynb #daf65fb8
 def what_is_trained(trainer) -> dict:
     "What must be the same in all processes: name -> value"
     settings = {f'setting {k}': v for k, v in trainer.args.to_dict().items() if k not in OWN}
     weights = sum(p.detach().double().sum() for p in trainer.model.parameters())
     return settings | {'training data': data_hash(trainer.train_dataset), 'sum of the weights': float(weights)}
 
+# %% ../nbs/11b_sharding.ipynb #30a6ff8e
 def differing(plans: list): # plans: of each process, from `what_is_trained`
     "`UserError` for the first thing that two processes don't agree on"
     for rank, plan in enumerate(plans[1:], 1):
@@ -123,12 +131,13 @@ def differing(plans: list): # plans: of each process, from `what_is_trained`
                 raise UserError(f'processes 0 and {rank} disagree on the {k} ({v} and {plan.get(k)}): '
                                 'give all processes the same command and the same files')
 
+# %% ../nbs/11b_sharding.ipynb #b11e885a
 def check_agree(trainer):
     "`UserError`, in all processes, where they would not train the same"
     mine = json.dumps(what_is_trained(trainer), default=str)
     differing([json.loads(p) for p in gather_object([mine])])
 
-# %% ../nbs/11b_sharding.ipynb #1c73376e
+# %% ../nbs/11b_sharding.ipynb #dbf1b773
 def longest() -> timedelta:
     "How long processes wait for each other outside training: `MPO_NB_TIMEOUT` seconds, by default a day"
     said = os.environ.get('MPO_NB_TIMEOUT', '86400')
@@ -136,6 +145,7 @@ def longest() -> timedelta:
         raise UserError(f'MPO_NB_TIMEOUT is {said!r}: give a whole number of seconds')
     return timedelta(seconds=int(said))
 
+# %% ../nbs/11b_sharding.ipynb #56299b6d
 @contextmanager
 def limit(seconds: int):
     "While this lasts a process that doesn't answer is waited for so long, and `longest()` behind it"
@@ -144,9 +154,10 @@ def limit(seconds: int):
     yield
     set_limit(longest())
 
-# %% ../nbs/11b_sharding.ipynb #08ca90e2
+# %% ../nbs/11b_sharding.ipynb #4ecf64bc
 LOST = 'gloo', 'Connection closed by peer', 'Connection reset by peer', 'Timed out waiting'
 
+# %% ../nbs/11b_sharding.ipynb #fc27daa4
 @contextmanager
 def answering():
     "Errors of the network between processes, as one sentence"
@@ -156,27 +167,32 @@ def answering():
         raise UserError('another process has ended or did not answer in time: its own message says why; start again, '
                         f'and the run goes on from its last checkpoint ({str(e).splitlines()[0][:120]})') from e
 
-# %% ../nbs/11b_sharding.ipynb #c5a07954
+# %% ../nbs/11b_sharding.ipynb #24ce405b
 class Sharded:
     "What trainers do for several processes: stands before `Trainer` among the bases of a class"
     plain = None   # The model as it was given, while its heir is trained in pieces
 
-    def create_accelerator_and_postprocess(self):
-        super().create_accelerator_and_postprocess()
-        shard_on_cpu(self)
+# %% ../nbs/11b_sharding.ipynb #0fc206d2
+@patch
+def create_accelerator_and_postprocess(self: Sharded):
+    super(Sharded, self).create_accelerator_and_postprocess()
+    shard_on_cpu(self)
 
-    def train(self, *args, **kw):
-        if self.accelerator.num_processes == 1: return super().train(*args, **kw)
-        with answering(), limit(self.args.ddp_timeout):
-            check_agree(self)
-            with in_pieces(self): return super().train(*args, **kw)
+# %% ../nbs/11b_sharding.ipynb #4117f831
+@patch
+def train(self: Sharded, *args, **kw):
+    if self.accelerator.num_processes == 1: return super(Sharded, self).train(*args, **kw)
+    with answering(), limit(self.args.ddp_timeout):
+        check_agree(self)
+        with in_pieces(self): return super(Sharded, self).train(*args, **kw)
 
-    def evaluation_loop(self, *args, **kw):
-        # before training, Trainer would cut a model without an optimizer, which accelerate refuses
-        if self.is_fsdp_enabled and not self.accelerator._models: self.accelerator._models.append(self.model)
-        return super().evaluation_loop(*args, **kw)
+# %% ../nbs/11b_sharding.ipynb #1366c5a9
+@patch
+def evaluation_loop(self: Sharded, *args, **kw):
+    if self.is_fsdp_enabled and not self.accelerator._models: self.accelerator._models.append(self.model)
+    return super(Sharded, self).evaluation_loop(*args, **kw)
 
-# %% ../nbs/11b_sharding.ipynb #8c9372c6
+# %% ../nbs/11b_sharding.ipynb #51a69d06
 @contextmanager
 def in_pieces(trainer):
     "While this lasts, a trainer that was launched with FSDP trains the heir of its model, which then gets its weights"
@@ -186,24 +202,25 @@ def in_pieces(trainer):
     trainer.model_wrapped = trainer.model
     trainer.accelerator.state.fsdp_plugin.ignored_modules = [m for m in trainer.model.modules() if not trained(m)]
     yield
-    fill(plain, trainer.model)
+    gather_into(plain, trainer.model)
     trainer.model = trainer.model_wrapped = plain
     trainer.accelerator._models[:] = [plain]
     trainer.plain = trainer.optimizer = None   # an optimizer of pieces
 
-# %% ../nbs/11b_sharding.ipynb #62fc328d
+# %% ../nbs/11b_sharding.ipynb #faaf59de
 @patch
 @contextmanager
 def whole_model(self: Sharded):
     "While this lasts `self.model` has whole weights in each process"
     if self.plain is None or self.model is self.plain: yield; return
     pieces, self.model = self.model, self.plain
-    fill(self.plain, pieces)
+    gather_into(self.plain, pieces)
     try: yield
     finally:
         self.model = pieces
-        empty(self.plain)
+        let_go(self.plain)
 
+# %% ../nbs/11b_sharding.ipynb #eef0e8e3
 def in_whole(f):
     "A method of a `Sharded` trainer that needs whole weights"
     @functools.wraps(f)
