@@ -389,8 +389,8 @@ def train_reward(
 
 # %% ../nbs/15_reward.ipynb #19fd0839
 # modules up to this one
-MADE_BY = ('core', 'data', 'toy_language', 'world_base', 'worlds', 'logprobs', 'chats', 'sampling', 'pairs', 'training',
-           'arguments', 'reward')
+MADE_BY = ('core', 'data', 'toy_language', 'world_base', 'worlds', 'logprobs', 'chats', 'sampling', 'pairs', 'sharding',
+           'training', 'arguments', 'reward')
 
 def _cache_folder(what, arguments):
     "Folder for a result that depends on `arguments`, on the modules up to this one, and on the libraries"

@@ -1171,13 +1171,14 @@ def test_explained_variance_by_hand():
             and explained_variance(r, torch.full_like(r, 3.), mask) == pytest.approx(0, abs=1e-6))
 
 
-@pytest.mark.parametrize('how', [dict(ACCELERATE_USE_DEEPSPEED='true'), dict(ACCELERATE_USE_FSDP='true')])
-def test_item34_sharded_weights_are_refused(how, tmp_path, monkeypatch):
-    "DeepSpeed and FSDP, before anything is built [fails when `check_processes` isn't called]"
+@pytest.mark.parametrize('how', [dict(ACCELERATE_USE_DEEPSPEED='true'),
+                                 dict(ACCELERATE_USE_FSDP='true', FSDP_VERSION='1')])
+def test_item34_what_cannot_be_cut_is_refused(how, tmp_path, monkeypatch):
+    "DeepSpeed and FSDP 1, before anything is built [fails when `check_processes` isn't called]"
     args = PPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to='none')
     for k, v in how.items(): monkeypatch.setenv(k, v)
-    with pytest.raises(UserError, match='not supported'): trainer_module.check_processes(args)
-    with pytest.raises(UserError, match='not supported'):
+    with pytest.raises(UserError, match='supported'): trainer_module.check_processes(args)
+    with pytest.raises(UserError, match='supported'):
         trainer_module.PPOTrainer(tiny(), None, letters, args=args,
                                   train_dataset=util.Dataset.from_dict({'prompt': toy_prompts(2)}),
                                   processing_class=toy_tokenizer())
